@@ -1,0 +1,98 @@
+"""Every bound that protects the process from a client, a guest or a peer, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+
+# --- vfio-user messages -------------------------------------------------------------------------
+
+MAX_DATA_XFER_SIZE: Final = 1 * MIB
+"""Payload of one data-carrying message; the specification's default, and what QEMU offers."""
+
+MAX_MESSAGE_OVERHEAD: Final = 4 * KIB
+"""What a message may carry besides its data: header, fixed part, and 200 posted writes."""
+
+MAX_MESSAGE_SIZE: Final = MAX_DATA_XFER_SIZE + MAX_MESSAGE_OVERHEAD
+"""A header that announces more ends the connection before a byte of it is stored."""
+
+MAX_MSG_FDS: Final = 16
+"""File descriptors per message that we take; QEMU refuses a server that says more."""
+
+MAX_ANCILLARY_FDS: Final = 253
+"""The kernel's SCM_MAX_FD: room for every fd one read can bring, so that none is truncated."""
+
+MAX_VERSION_REPLY_SIZE: Final = 214
+"""QEMU receives the VERSION reply into the buffer of its own request, which has this size."""
+
+MAX_VERSION_JSON: Final = 4 * KIB
+"""A capabilities document is about 200 bytes; more is not a negotiation."""
+
+MAX_PENDING_REQUESTS: Final = 64
+"""Commands of ours that may await a reply at once on one connection."""
+
+PARTIAL_MESSAGE_SECONDS: Final = 10.0
+"""How long a client may take from a message's first byte to its last."""
+
+HANDSHAKE_SECONDS: Final = 10.0
+"""How long a client may take from connecting to a complete VERSION."""
+
+REMOTE_DMA_SECONDS: Final = 10.0
+"""How long a reply to DMA_READ or DMA_WRITE may take before the device gives up on it."""
+
+REMOTE_DMA_CHUNK: Final = 64 * KIB
+"""Largest DMA_READ or DMA_WRITE: QEMU truncates replies that do not fit its socket buffer."""
+
+MAX_WRITE_MULTI: Final = 200
+"""Writes in one REGION_WRITE_MULTI; QEMU's own bound."""
+
+# --- guest memory -------------------------------------------------------------------------------
+
+MAX_DMA_MAPS: Final = 65_535
+"""Mappings of one client; the specification's default, and the most that QEMU accepts."""
+
+MAX_MAPPED_FILES: Final = 1_024
+"""Distinct backing files of one client, each an fd and a kernel mapping of ours."""
+
+PAGE_SIZE: Final = 4_096
+"""Granularity of DMA mappings (the capability ``pgsizes``)."""
+
+# --- rings --------------------------------------------------------------------------------------
+
+MAX_QUEUE_SIZE: Final = 1_024
+"""Descriptors in a queue; Linux's stack limit for indirect tables, and QEMU's largest."""
+
+MAX_QUEUE_PAIRS: Final = 8
+"""RX/TX pairs of one member."""
+
+MAX_CHAIN_DESCRIPTORS: Final = 1_024
+"""Descriptors in one chain; equals UIO_MAXIOV, which a chain becomes in readv and writev."""
+
+MAX_FRAME_SIZE: Final = 65_589
+"""Largest Ethernet frame before segmentation: what virtio-net asks an RX buffer to hold (65,601
+with GUEST_TSO or GUEST_USO) less the 12 bytes of virtio_net_hdr."""
+
+MAX_CONTROL_SIZE: Final = 64 * KIB
+"""Readable bytes of one control command."""
+
+MAX_MAC_TABLE: Final = 256
+"""Addresses in a member's unicast and in its multicast filter table."""
+
+# --- the software owner -------------------------------------------------------------------------
+
+MAX_MEMBERS: Final = 255
+"""Members of one owner: device parts allow 255 resource objects of a kind."""
+
+MAX_FDB_ENTRIES: Final = 4_096
+"""Learnt addresses of one switch; beyond it unknown addresses are flooded, not learnt."""
+
+MAX_FDB_ENTRIES_PER_PORT: Final = 1_024
+"""Learnt addresses of one port, so that one guest cannot push the others out of the table."""
+
+FDB_AGE_SECONDS: Final = 300.0
+"""How long a learnt address lives unseen (IEEE 802.1Q's default)."""
+
+WORK_BUDGET: Final = 256
+"""Packets one queue may move before others get their turn."""
