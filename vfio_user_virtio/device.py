@@ -21,7 +21,7 @@ import attrs
 
 
 class VfioRegion(enum.IntEnum):
-    """Region indices of a PCI device (vfio-user specification, VFIO_USER_DEVICE_GET_REGION_INFO)."""
+    """Region indices of a PCI device (vfio-user, VFIO_USER_DEVICE_GET_REGION_INFO)."""
 
     BAR0 = 0
     BAR1 = 1
@@ -35,7 +35,7 @@ class VfioRegion(enum.IntEnum):
 
 
 class VfioIrq(enum.IntEnum):
-    """Interrupt indices of a PCI device (vfio-user specification, VFIO_USER_DEVICE_GET_IRQ_INFO)."""
+    """Interrupt indices of a PCI device (vfio-user, VFIO_USER_DEVICE_GET_IRQ_INFO)."""
 
     INTX = 0
     MSI = 1

@@ -1,0 +1,1 @@
+"""Where a device really lives: `software` here, `vfio`.  No backend knows the wire."""

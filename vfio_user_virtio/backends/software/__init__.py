@@ -1,0 +1,1 @@
+"""The software model: an owner, its members, the switch between them, and its uplinks."""

@@ -1,0 +1,91 @@
+"""The seam of the switch: frames, and the ports that they go in and out of.
+
+A frame is a scatter list whose bytes are a 12-byte virtio_net_hdr (little-endian; virtio 1.4,
+Network Device, Device Operation) and an Ethernet frame.  Its first element is private ``bytes``
+and holds the header, the two addresses, the EtherType and a VLAN tag: `HEAD_SIZE` bytes, or the
+whole frame if that is shorter.  Decisions are made on that copy and that copy is what travels, so
+a guest that rewrites its buffer meanwhile changes nothing that was decided.  The other elements
+may be views of guest memory: they are used before the call returns and never kept.
+
+Everything here is synchronous and on one thread: a call moves a frame or says that it did not.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NET_HEADER_SIZE: Final = 12
+"""virtio_net_hdr with num_buffers, without hash or tunnel fields."""
+
+HEAD_SIZE: Final = NET_HEADER_SIZE + 18
+"""virtio_net_hdr, two addresses, an 802.1Q tag and an EtherType."""
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Frame: TypeAlias = "Sequence[Buffer]"
+
+
+class Offload(enum.IntFlag):
+    """Frames a port can take unfinished; a port is sent nothing else.
+
+    Bit values are those of the virtio-net feature bits GUEST_…, so that a negotiated feature word
+    masks straight to this.
+    """
+
+    CSUM = 1 << 1
+    TSO4 = 1 << 7
+    TSO6 = 1 << 8
+    ECN = 1 << 9
+    USO4 = 1 << 54
+    USO6 = 1 << 55
+
+
+class Port(Protocol):
+    """What is plugged into the switch: a member or an uplink."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def offloads(self) -> Offload:
+        """What this port takes unfinished just now; `Switch.refresh` is called when it changes."""
+        ...
+
+    @property
+    def up(self) -> bool:
+        """Whether frames may be sent here at all (a member's driver is ready, a TAP is there)."""
+        ...
+
+    def deliver(self, frame: Frame, size: int) -> bool:
+        """Take a frame of `size` bytes, header included; False means no room just now.
+
+        A port that answered False to a sender's frame calls `Switch.writable` once it has room.
+        """
+        ...
+
+    def flush(self) -> None:
+        """A batch of deliveries is over: tell the guest, or hand down what was held back."""
+        ...
+
+
+class DirectPort(Port, Protocol):
+    """A port whose own memory an uplink may read a frame into, without a copy (a member)."""
+
+    def reserve(self) -> Sequence[memoryview] | None:
+        """Room for one largest frame with its header, or None; the same room until `commit`."""
+        ...
+
+    def commit(self, size: int) -> None:
+        """The reserved room holds a frame of `size` bytes, header included."""
+        ...
+
+
+class Sender(Protocol):
+    """Where frames come from, so that it can be told when to go on."""
+
+    def resume(self) -> None:
+        """A port that was full has room again."""
+        ...
