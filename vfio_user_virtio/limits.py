@@ -56,6 +56,9 @@ MAX_DMA_MAPS: Final = 65_535
 MAX_MAPPED_FILES: Final = 1_024
 """Distinct backing files of one client, each an fd and a kernel mapping of ours."""
 
+MAX_MAPPED_BYTES: Final = 1 << 42
+"""Address space for one client's files (4 TiB of the 128 that a process has), however sparse."""
+
 PAGE_SIZE: Final = 4_096
 """Granularity of DMA mappings (the capability ``pgsizes``)."""
 

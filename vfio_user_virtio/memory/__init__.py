@@ -1,0 +1,1 @@
+"""Guest memory: what the client mapped with DMA_MAP, as memoryviews."""
