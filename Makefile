@@ -1,0 +1,53 @@
+# Each target does its own set-up: a virtual environment in .venv, and the test bed (QEMU, a guest
+# kernel) in $XDG_CACHE_HOME/vfio-user-virtio or ~/.cache/vfio-user-virtio.  The system is not changed.
+
+PYTHON := .venv/bin/python
+SANS_IO := protocol pci virtio
+export PYTHONPATH := server:.
+
+empty :=
+space := $(empty) $(empty)
+comma := ,
+
+.PHONY: help setup demo test lint unit e2e bench clean
+
+help:
+	@echo 'make demo   boot a guest on the software device and send packets through it'
+	@echo 'make test   everything that CI runs: lint, types, unit tests, coverage, guests'
+	@echo 'make unit   the tests that need no guest'
+	@echo 'make e2e    the tests that boot one'
+	@echo 'make bench  measure against peers in the same run'
+	@echo 'make lint   ruff and mypy'
+	@echo 'make setup  only .venv and the test bed'
+	@echo 'make clean  remove what these made here; the cache stays'
+
+setup:
+	@PYTHONPATH=. python3 -m tests.testbed.environment
+	@PYTHONPATH=. python3 -m tests.testbed.provision
+
+demo: setup
+	@$(PYTHON) examples/demo.py
+
+test: lint unit e2e
+
+lint: setup
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+# The sans-I/O packages must be covered whole, every branch, by their own tests.
+unit: setup
+	$(PYTHON) -m coverage run -m pytest $(wildcard $(SANS_IO:%=tests/%))
+	$(PYTHON) -m coverage report --show-missing --skip-covered --fail-under=100 \
+	    --include='$(subst $(space),$(comma),$(SANS_IO:%=vfio_user_virtio/%/*))'
+	$(PYTHON) -m pytest -m 'not e2e' $(SANS_IO:%=--ignore=tests/%) tests
+
+e2e: setup
+	$(PYTHON) -m pytest -m e2e tests
+
+bench: setup
+	$(PYTHON) -m tests.bench
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
