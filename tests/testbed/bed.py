@@ -57,8 +57,9 @@ class TestbedMissing(Exception):
 class Bed:
     """One provisioned bed.
 
-    `root` holds `sys` (the unpacked packages), `vmlinux` (the kernel as an ELF file, for PVH), `bzImage` (as firmware loads it),
-    `manifest.json` and `images` (initial RAM file systems, made when first needed).
+    `root` holds `sys` (the unpacked packages), `vmlinux` (the kernel as an ELF file, for PVH),
+    `bzImage` (the same as firmware loads it), `manifest.json` and `images` (initial RAM file
+    systems, made when first needed).
     """
 
     root: Path

@@ -128,9 +128,7 @@ class Apt:
         return found
 
 
-def run(
-    argv: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> str:
+def run(argv: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Standard output of a command; raises `ProvisionError` with what it printed if it fails."""
     try:
         done = subprocess.run(argv, env=env, cwd=cwd, check=False, capture_output=True, text=True)
