@@ -91,11 +91,12 @@ def test_library_parts_are_all_in_the_table() -> None:
     assert parts <= ARROWS.keys()
 
 
-def is_sans_io(name: str) -> bool:
-    return name.split(".")[1:2] in ([part] for part in SANS_IO)
+SANS_IO_MODULES: Final = [
+    name for name in MODULES if name.split(".")[1:2] in ([part] for part in SANS_IO)
+]
 
 
-@pytest.mark.parametrize("name", filter(is_sans_io, MODULES))
+@pytest.mark.parametrize("name", SANS_IO_MODULES)
 def test_sans_io_sources_name_no_io(name: str) -> None:
     tops = {other.partition(".")[0] for other in imports(name, MODULES[name])}
     assert tops.isdisjoint(IO_MODULES)
@@ -103,12 +104,11 @@ def test_sans_io_sources_name_no_io(name: str) -> None:
 
 def test_sans_io_packages_import_without_io() -> None:
     """In a process where the I/O modules cannot be imported, every sans-I/O module can."""
-    wanted = list(filter(is_sans_io, MODULES))
-    assert len(wanted) > len(SANS_IO)
+    assert len(SANS_IO_MODULES) > len(SANS_IO)
     script = (
         "import importlib, sys\n"
         f"sys.modules.update(dict.fromkeys({IO_MODULES!r}))\n"
-        f"for name in {wanted!r}: importlib.import_module(name)\n"
+        f"for name in {SANS_IO_MODULES!r}: importlib.import_module(name)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=PROJECT, check=False, capture_output=True, text=True
