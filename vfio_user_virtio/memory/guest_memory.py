@@ -192,8 +192,9 @@ class GuestMemory:
         region = self._last
         if not region.start <= iova < region.end:
             index = bisect_right(self._starts, iova) - 1
-            if index >= 0:
-                self._last = region = self._entries[index]
+            if index < 0:
+                return self._spanning_view(iova, size, write=write)
+            self._last = region = self._entries[index]
         if iova + size <= region.end:
             memory = region.writable if write else region.readable
             if memory is not None:
