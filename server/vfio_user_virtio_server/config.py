@@ -1,0 +1,282 @@
+"""What to serve: owners with their uplinks, and the members that clients may connect to.
+
+Plain data, made from a TOML file (`read_file`) or from command line options (serve.py), checked as
+a whole here (`check`), and turned into live objects by daemon.py.  The keys of the file are the
+attributes of these classes and of `MemberConfig`, which also has the ranges:
+
+    [[owner]]                        # one switch; 1 … 255 members
+    name = "blue"                    # default: owner1, owner2, …
+    uplink = "tap:vnet0"             # default: "none"; the forms are those of --uplink
+    pcap = "/var/tmp/blue.pcap"      # capture of the uplink
+
+    [[owner.member]]                 # one device; its member id is its place, from 1
+    name = "vm1"                     # default: OWNER-1, OWNER-2, …
+    socket_path = "/run/vm1.sock"    # or fd = 3, or fd_name = "vm1", or none of them:
+    socket_mode = "0660"             # sockets passed by the service manager are then
+    socket_group = "kvm"             # taken in their order
+    mac = "52:54:00:12:34:56"        # default: derived from this host and the names
+    mtu = 9000
+    queue_pairs = 4
+    queue_size = 256
+    speed = 10000                    # Mbit/s, what the guest is shown
+    max_tx_rate = "500mbit"
+    access_vlan = 10
+    allow_unsealed_memory = false
+    pcap = "/var/tmp/vm1.pcap"       # capture of the member
+    features = { HOST_USO = false }  # by the standard's names
+
+Paths are relative to the working directory, as they are on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import attrs
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.config import (
+    DEFAULT_FEATURES,
+    OPTIONAL_FEATURES,
+    MemberConfig,
+)
+from vfio_user_virtio.errors import ConfigError, HostError
+from vfio_user_virtio.virtio.features import Feature, feature_names, refusal_untrusted
+from vfio_user_virtio_server import values
+from vfio_user_virtio_server.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+@attrs.frozen
+class SocketPath:
+    """A socket that we make at `path`, with permission bits `mode` (None: by umask) and `group`."""
+
+    path: str
+    mode: int | None = None
+    group: str | None = None
+
+
+@attrs.frozen
+class SocketFd:
+    """A socket that was passed as descriptor `fd`, listening or connected."""
+
+    fd: int
+
+
+@attrs.frozen
+class InheritedSocket:
+    """A socket from the service manager: the one called `fd_name`, or the next when None."""
+
+    fd_name: str | None = None
+
+
+NEXT_INHERITED: Final = InheritedSocket()
+
+SocketConfig: TypeAlias = SocketPath | SocketFd | InheritedSocket
+
+
+@attrs.frozen(kw_only=True)
+class ServedMember:
+    """A member and how it is served: `name` is for logs, `pcap` the path of a capture."""
+
+    name: str
+    member: MemberConfig
+    socket: SocketConfig = NEXT_INHERITED
+    pcap: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class OwnerConfig:
+    """An owner with the uplink of its switch and 1 … 255 members; `pcap` captures the uplink."""
+
+    name: str
+    members: tuple[ServedMember, ...]
+    uplink: values.UplinkConfig = values.NO_UPLINK
+    pcap: str | None = None
+
+
+CONFIGURABLE_FEATURES: Final = (DEFAULT_FEATURES | OPTIONAL_FEATURES) & ~(
+    Feature.VERSION_1.mask | Feature.ACCESS_PLATFORM.mask
+)
+"""What `features` may name: all but those that guests, or guests behind an IOMMU, depend on.
+
+MTU and MQ are not among them; they come with `mtu` and `queue_pairs`.
+"""
+
+
+def read_file(path: str, *, seed: bytes | None = None) -> tuple[OwnerConfig, ...]:
+    """The owners that the TOML file at `path` describes, in its order.
+
+    `seed` is for `values.derived_mac`; None means this host's.  Raises ConfigError when the
+    content is wrong, HostError when it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        code = os.EX_NOPERM if isinstance(error, PermissionError) else os.EX_NOINPUT
+        raise HostError(
+            f"cannot read the configuration {path}: {error.strerror}; "
+            "check --config and who may read the file",
+            exit_code=code,
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8, which TOML is") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; owners and their members are two") from None
+    return parse_document(document, path, seed=values.host_seed() if seed is None else seed)
+
+
+def parse_document(
+    document: dict[str, object], where: str, *, seed: bytes
+) -> tuple[OwnerConfig, ...]:
+    """The owners in a parsed TOML document; `where` names it in messages.  Raises ConfigError."""
+    root = Table(document, where)
+    owners = tuple(
+        _owner(table, default_name=f"owner{number}", seed=seed)
+        for number, table in enumerate(root.tables("owner"), 1)
+    )
+    root.finish()
+    if not owners:
+        raise ConfigError(f"{where}: no [[owner]]; add one with at least one [[owner.member]]")
+    check(owners, where)
+    return owners
+
+
+def _owner(table: Table, *, default_name: str, seed: bytes) -> OwnerConfig:
+    name = table.parse("name", values.parse_name) or default_name
+    tables = table.tables("member")
+    if not 1 <= len(tables) <= limits.MAX_MEMBERS:
+        raise table.error(
+            "member", f"an owner has 1 to {limits.MAX_MEMBERS} members, not {len(tables)}"
+        )
+    owner = OwnerConfig(
+        name=name,
+        uplink=table.parse("uplink", values.parse_uplink) or values.NO_UPLINK,
+        pcap=table.parse("pcap", values.parse_path),
+        members=tuple(
+            _member(member, member_id=number, owner_name=name, seed=seed)
+            for number, member in enumerate(tables, 1)
+        ),
+    )
+    table.finish()
+    return owner
+
+
+def _member(table: Table, *, member_id: int, owner_name: str, seed: bytes) -> ServedMember:
+    name = table.parse("name", values.parse_name) or f"{owner_name}-{member_id}"
+    features_on, features_off = _features(table.table("features"))
+    try:
+        member = MemberConfig(
+            member_id=member_id,
+            mac=table.parse("mac", values.parse_mac)
+            or values.derived_mac(owner_name, name, seed=seed),
+            mtu=table.take("mtu", int),
+            max_tx_rate=table.parse("max_tx_rate", values.parse_rate),
+            access_vlan=table.take("access_vlan", int),
+            features_on=features_on,
+            features_off=features_off,
+            allow_unsealed_memory=table.take("allow_unsealed_memory", bool) or False,
+            **_given(
+                queue_pairs=table.take("queue_pairs", int),
+                queue_size=table.take("queue_size", int),
+                speed=table.take("speed", int),
+            ),
+        )
+    except ConfigError as error:
+        if str(error).startswith(table.where):
+            raise
+        raise ConfigError(f"{table.where}: {error}") from None
+    if reason := refusal_untrusted(member.offered, member.offered):
+        raise table.error("features", f"{reason}; switch off both or none")
+    served = ServedMember(
+        name=name,
+        member=member,
+        socket=_socket(table),
+        pcap=table.parse("pcap", values.parse_path),
+    )
+    table.finish()
+    return served
+
+
+def _socket(table: Table) -> SocketConfig:
+    path = table.parse("socket_path", values.parse_socket_path)
+    mode = table.parse("socket_mode", values.parse_mode)
+    group = table.parse("socket_group", values.parse_name)
+    fd = table.check("fd", values.check_fd)
+    fd_name = table.parse("fd_name", values.parse_name)
+    if sum(choice is not None for choice in (path, fd, fd_name)) > 1:
+        raise table.error("socket_path", "only one of socket_path, fd and fd_name can be given")
+    if path is not None:
+        return SocketPath(path, mode, group)
+    if mode is not None or group is not None:
+        raise table.error(
+            "socket_path", "is missing; socket_mode and socket_group are for a socket made here"
+        )
+    return SocketFd(fd) if fd is not None else InheritedSocket(fd_name)
+
+
+def _features(table: Table) -> tuple[int, int]:
+    """Feature words to switch on and off, from a table of names and booleans."""
+    words = {True: 0, False: 0}
+    configurable = feature_names(CONFIGURABLE_FEATURES)
+    for name in table.keys():  # noqa: SIM118 - a method of ours, not of a dict
+        if name not in configurable:
+            raise table.unknown("feature", name, configurable)
+        if (switch := table.take(name, bool)) is not None:
+            words[switch] |= Feature[name].mask
+    return words[True], words[False]
+
+
+def _given(**arguments: int | None) -> dict[str, int]:
+    """Only the arguments that have a value, so that the others keep their defaults."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check(owners: Sequence[OwnerConfig], where: str) -> None:
+    """What must differ does.  Raises ConfigError naming both places.
+
+    MAC addresses must differ in the whole file, since nothing says that two uplinks do not lead to
+    the same network.
+    """
+    seen: dict[tuple[str, object], str] = {}
+    for kind, value, place in _unique_values(owners):
+        shown = values.format_mac(value) if isinstance(value, bytes) else value
+        if other := seen.get((kind, value)):
+            raise ConfigError(f"{where}: {kind} {shown} is used by {other} and by {place}")
+        seen[kind, value] = place
+
+
+def _unique_values(owners: Sequence[OwnerConfig]) -> Iterator[tuple[str, str | int | bytes, str]]:
+    """What only one may have: its kind, the value, and who has it."""
+    for owner in owners:
+        place = f"owner {owner.name}"
+        yield "owner name", owner.name, place
+        match owner.uplink:
+            case values.TapUplink(name):
+                yield "TAP device", name, place
+            case values.TapFdUplink(fd):
+                yield "descriptor", fd, place
+            case values.DatagramUplink(path, _) | values.StreamListenUplink(path):
+                yield "path", os.path.abspath(path), place
+        if owner.pcap is not None:
+            yield "path", os.path.abspath(owner.pcap), place
+        for served in owner.members:
+            place = f"member {served.name} of owner {owner.name}"
+            yield "member name", served.name, place
+            yield "MAC address", served.member.mac, place
+            match served.socket:
+                case SocketPath(path, _, _):
+                    yield "path", os.path.abspath(path), place
+                case SocketFd(fd):
+                    yield "descriptor", fd, place
+                case InheritedSocket(fd_name) if fd_name is not None:
+                    yield "passed socket", fd_name, place
+            if served.pcap is not None:
+                yield "path", os.path.abspath(served.pcap), place
