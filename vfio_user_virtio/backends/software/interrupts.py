@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from vfio_user_virtio.backends.software.eventfds import check_eventfd_untrusted, signal_eventfd
+from vfio_user_virtio.backends.software.eventfds import check_eventfd_untrusted, shared_signaller
 from vfio_user_virtio.device import IrqAction, IrqFlags, IrqInfo, VfioIrq
 from vfio_user_virtio.errors import ClientError
 from vfio_user_virtio.pci.msix import PendingBits
@@ -45,12 +45,11 @@ _ABSENT: Final = IrqInfo(0, IrqFlags(0))
 class InterruptStatistics:
     """Counts since the function was made.
 
-    `signalled` interrupts reached their eventfd, `saturated` ones found its counter full (the
-    client is told already), `pended` MSI-X ones found no eventfd.
+    `signalled` interrupts had an eventfd (one whose counter is full stays full: the client has
+    been told), `pended` ones of MSI-X had none.
     """
 
     signalled: int
-    saturated: int
     pended: int
 
 
@@ -75,11 +74,11 @@ class Interrupts:
         }
         self._vectors = self._eventfds[VfioIrq.MSIX]
         self._intx = self._eventfds[VfioIrq.INTX]
+        self._signal = shared_signaller().signal
         self._intx_level = False
         self._intx_masked = False
         self._intx_disabled = False
         self._signalled = 0
-        self._saturated = 0
         self._pended = 0
 
     def info(self, index: int) -> IrqInfo:
@@ -96,10 +95,8 @@ class Interrupts:
         except IndexError:
             return
         if eventfd >= 0:
-            if signal_eventfd(eventfd):
-                self._signalled += 1
-            else:
-                self._saturated += 1
+            self._signalled += 1
+            self._signal(eventfd)
         else:
             self._pended += 1
             self.pending.add(vector)
@@ -116,7 +113,7 @@ class Interrupts:
 
     def signal_error(self) -> None:
         """Tell the client that the device has failed for good (QEMU stops the guest)."""
-        self._signal(self._eventfds[VfioIrq.ERR][0])
+        self._tell(self._eventfds[VfioIrq.ERR][0])
 
     def set_irqs(self, request: IrqRequest) -> None:
         """Do what a SET_IRQS says; `IrqRequest` tells how.
@@ -136,7 +133,7 @@ class Interrupts:
             raise
         if request.action is IrqAction.TRIGGER:
             self._set_trigger(index, request)
-        elif any(_selected(request)):
+        elif list(_selected(request)):
             self._intx_masked = request.action is IrqAction.MASK
             self._deliver_intx()
 
@@ -152,7 +149,7 @@ class Interrupts:
             self._disarm(index, 0, self._info[index].count)
 
     def statistics(self) -> InterruptStatistics:
-        return InterruptStatistics(self._signalled, self._saturated, self._pended)
+        return InterruptStatistics(self._signalled, self._pended)
 
     def _check_untrusted(self, request: IrqRequest) -> VfioIrq:
         info = self.info(request.index)
@@ -191,7 +188,7 @@ class Interrupts:
                 self.pending.clear()
         else:
             for subindex in _selected(request):
-                self._signal(self._eventfds[index][subindex])
+                self._tell(self._eventfds[index][subindex])
 
     def _arm(self, index: VfioIrq, subindex: int, eventfd: int) -> None:
         armed = self._eventfds[index]
@@ -201,7 +198,7 @@ class Interrupts:
         if index is VfioIrq.INTX:
             self._deliver_intx()
         elif index is VfioIrq.MSIX and self.pending.take(subindex):
-            self._signal(eventfd)
+            self._tell(eventfd)
 
     def _disarm(self, index: VfioIrq, start: int, count: int) -> None:
         armed = self._eventfds[index]
@@ -217,15 +214,12 @@ class Interrupts:
         wanted = self._intx_level and not (self._intx_masked or self._intx_disabled)
         if wanted and eventfd != _NOT_ARMED:
             self._intx_masked = True
-            self._signal(eventfd)
+            self._tell(eventfd)
 
-    def _signal(self, eventfd: int) -> None:
-        if eventfd == _NOT_ARMED:
-            return
-        if signal_eventfd(eventfd):
+    def _tell(self, eventfd: int) -> None:
+        if eventfd != _NOT_ARMED:
             self._signalled += 1
-        else:
-            self._saturated += 1
+            self._signal(eventfd)
 
 
 def _selected(request: IrqRequest) -> Iterator[int]:
