@@ -99,3 +99,23 @@ FDB_AGE_SECONDS: Final = 300.0
 
 WORK_BUDGET: Final = 256
 """Packets one queue may move before others get their turn."""
+
+MAX_GSO_SEGMENTS: Final = 512
+"""Segments that one frame may become in software, about 2 ms of work: 64 KiB at an MSS of 128."""
+
+MAX_FLOODED_SEGMENTS: Final = 64
+"""Segments of one frame that is flooded: each goes to every port that cannot take it whole."""
+
+MAX_FLOOD_COPIES: Final = 4_096
+"""Deliveries that one sender's floods may cost, about 10 ms, before others get their turn."""
+
+MAX_BLOCKED_SECONDS: Final = 0.1
+"""How long a port without room may hold up its senders at once; then they lose frames instead, so
+that a guest that takes nothing stops nobody else."""
+
+BLOCKED_SECONDS_PER_FRAME: Final = 0.000_25
+"""What each frame that a port takes adds to the time it may hold its senders up: a guest that takes
+less than 4,000 frames a second while others wait loses frames."""
+
+MAX_BURST_SECONDS: Final = 0.01
+"""What a member's rate limit lets through at once if the user names no burst."""

@@ -2,10 +2,10 @@
 
 A frame is a scatter list whose bytes are a 12-byte virtio_net_hdr (little-endian; virtio 1.4,
 Network Device, Device Operation) and an Ethernet frame.  Its first element is private ``bytes``
-and holds the header, the two addresses, the EtherType and a VLAN tag: `HEAD_SIZE` bytes, or the
-whole frame if that is shorter.  Decisions are made on that copy and that copy is what travels, so
-a guest that rewrites its buffer meanwhile changes nothing that was decided.  The other elements
-may be views of guest memory: they are used before the call returns and never kept.
+and holds the header, the two addresses, the EtherType and a VLAN tag: `HEAD_SIZE` bytes or more,
+or the whole frame if that is shorter.  Decisions are made on that copy and that copy is what
+travels, so a guest that rewrites its buffer meanwhile changes nothing that was decided.  The other
+elements may be views of guest memory: they are used before the call returns and never kept.
 
 Everything here is synchronous and on one thread: a call moves a frame or says that it did not.
 """
@@ -13,13 +13,16 @@ Everything here is synchronous and on one thread: a call moves a frame or says t
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NET_HEADER_SIZE: Final = 12
 """virtio_net_hdr with num_buffers, without hash or tunnel fields."""
+
+MIN_FRAME_SIZE: Final = NET_HEADER_SIZE + 14
+"""virtio_net_hdr and an Ethernet header; the switch drops what is shorter."""
 
 HEAD_SIZE: Final = NET_HEADER_SIZE + 18
 """virtio_net_hdr, two addresses, an 802.1Q tag and an EtherType."""
@@ -44,7 +47,7 @@ class Offload(enum.IntFlag):
 
 
 class Port(Protocol):
-    """What is plugged into the switch: a member or an uplink."""
+    """What is plugged into the switch: a member or an uplink.  Told apart by identity."""
 
     @property
     def name(self) -> str: ...
@@ -62,7 +65,7 @@ class Port(Protocol):
     def deliver(self, frame: Frame, size: int) -> bool:
         """Take a frame of `size` bytes, header included; False means no room just now.
 
-        A port that answered False to a sender's frame calls `Switch.writable` once it has room.
+        A port that answered False calls `Switch.writable` once it has room.
         """
         ...
 
@@ -71,15 +74,22 @@ class Port(Protocol):
         ...
 
 
+@runtime_checkable
 class DirectPort(Port, Protocol):
     """A port whose own memory an uplink may read a frame into, without a copy (a member)."""
 
     def reserve(self) -> Sequence[memoryview] | None:
-        """Room for one largest frame with its header, or None; the same room until `commit`."""
+        """Room for one largest frame with its header, or None; the same room until `commit`.
+
+        A port that answered None calls `Switch.writable` once it has room.
+        """
         ...
 
     def commit(self, size: int) -> None:
-        """The reserved room holds a frame of `size` bytes, header included."""
+        """The reserved room holds a frame of `size` bytes, header included.
+
+        `num_buffers` of the header is the port's to fill in: the uplink leaves it undefined.
+        """
         ...
 
 
@@ -88,4 +98,16 @@ class Sender(Protocol):
 
     def resume(self) -> None:
         """A port that was full has room again."""
+        ...
+
+
+class Uplink(Port, Sender, Protocol):
+    """The port that leads out of the switch."""
+
+    def poll(self) -> None:
+        """Look at once for frames that have come in; a member has just sent some."""
+        ...
+
+    def receivers_take(self, offloads: Offload) -> None:
+        """What every port that this uplink reaches takes unfinished; other frames cost time."""
         ...
