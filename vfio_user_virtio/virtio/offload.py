@@ -121,8 +121,9 @@ def without_stray_flags(head: bytes, keep: int = F_NEEDS_CSUM) -> bytes:
 def finish_untrusted(data: bytes) -> list[tuple[list[bytes | memoryview], int]] | None:
     """Finish a frame: the complete frames that it stands for, or None if it makes no sense.
 
-    `data` is a virtio_net_hdr and an Ethernet frame in private memory.  Each result is a scatter list, whose first element holds all headers and an empty
-    virtio_net_hdr, and its size in bytes.  Payload is shared with `data`, not copied.
+    `data` is a virtio_net_hdr and an Ethernet frame in private memory.  Each result is a scatter
+    list, whose first element holds all headers and an empty virtio_net_hdr, and its size in bytes.
+    Payload of segments is shared with `data`, not copied.
     """
     if len(data) < _NET + _ETHERNET_SIZE or unfinished(data, len(data)) & INVALID:
         return None

@@ -108,7 +108,7 @@ class Capture:
         try:
             written = os.writev(self._fd, block)
         except OSError as error:
-            self._fail(error.strerror)
+            self._fail(str(error))
         else:
             self._size += written
             if written != total:

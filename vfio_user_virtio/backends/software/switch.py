@@ -186,7 +186,7 @@ class Switch:
         next_deadline = math.inf
         for at in list(self._ports.values()):
             if at.deadline <= now:
-                at.stop_blocking(at.deadline)
+                at.stop_blocking(now)
                 self._resume_waiting(at)
             if at.resume_at <= now:
                 at.resume_at = math.inf
@@ -213,6 +213,7 @@ class Switch:
     def _work_out_paths(self) -> None:
         self._fold()
         ports = list(self._ports.values())
+        were_direct = [at for at in ports if at.direct is not None]
         for at in ports:
             was_up, at.up = at.up, at.port.up
             at.lacks = (EVERYTHING & ~int(at.port.offloads)) | INVALID
@@ -233,6 +234,9 @@ class Switch:
                 self._tell_uplink(at, at.uplink)
             if not at.up:
                 self._resume_waiting(at)
+        for at in were_direct:
+            if at.direct is None and at.sender is not None:
+                at.sender.resume()  # it may wait for room that it no longer needs
 
     @staticmethod
     def _connect(at: SwitchPort, peer: SwitchPort) -> None:
@@ -353,9 +357,9 @@ class Switch:
             if not self._deliver(to, piece, piece_size):
                 if index == 0:
                     return self._has_no_room(to, at)
-                if len(pieces) > 1:
-                    to.backlog.extend(pieces[index:])
-                    break
+                to.backlog.extend(pieces[index:])
+                self._work_out_paths()
+                break
         return True
 
     def _flood(

@@ -160,7 +160,8 @@ class SwitchPort:
     def stop_blocking(self, now: float) -> None:
         """The port has room, or its patience is at its end."""
         if self.blocked_since != math.inf:
-            self.patience = max(0.0, self.patience - (now - self.blocked_since))
+            waited = now - self.blocked_since
+            self.patience = self.patience - waited if now < self.deadline else 0.0
             self.blocked_since = self.deadline = math.inf
 
     def statistics(self) -> PortStatistics:
