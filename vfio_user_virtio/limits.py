@@ -73,6 +73,13 @@ MAX_QUEUE_PAIRS: Final = 8
 MAX_CHAIN_DESCRIPTORS: Final = 1_024
 """Descriptors in one chain; equals UIO_MAXIOV, which a chain becomes in readv and writev."""
 
+MAX_CHAIN_PIECES: Final = 1_024
+"""Pieces of host memory that one chain's buffers lie in: UIO_MAXIOV again.  A vIOMMU can scatter a
+buffer over pages, and without this bound a chain over 67 million views."""
+
+MAX_DESCRIPTOR_LENGTH: Final = 1 * MIB
+"""How much of one buffer we look at: more than any frame or command, and 257 pages at the most."""
+
 MAX_FRAME_SIZE: Final = 65_589
 """Largest Ethernet frame before segmentation: what virtio-net asks an RX buffer to hold (65,601
 with GUEST_TSO or GUEST_USO) less the 12 bytes of virtio_net_hdr."""

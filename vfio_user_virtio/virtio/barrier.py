@@ -1,13 +1,16 @@
-"""A full memory barrier, for the two places in a split ring that need one.
+"""The order of accesses to shared rings: a full barrier, and one that keeps like with like.
 
 After the device publishes an index it reads what the driver wrote about notifications, and the
 driver does the same the other way round.  If either store may pass the following load, both sides
 can decide that the other is awake (virtio 1.4, Split Virtqueues, Available/Used Buffer
-Notification Suppression).  x86 reorders exactly that pair.
+Notification Suppression).  x86 reorders exactly that pair, so two places in a ring need
+`full_barrier`.  Everywhere else `order_accesses` is enough, which is nothing on x86-64.
 
 Python has no fence.  On x86-64 every atomic read-modify-write is a full barrier, and taking an
-uncontended ``threading.Lock`` is one, at two thirds of the price of a foreign call and with no
-library to be missing.  Elsewhere that is not so, and libatomic's fence is called through cffi.
+uncontended ``threading.Lock`` is one, at the price of a foreign call and with no library to be
+missing.  It is taken by ``with``, which no signal handler can come into: calling its methods would
+be quicker, but a KeyboardInterrupt between them would leave the lock taken for ever.  Elsewhere
+libatomic's fence is called through cffi.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ def _lock_barrier() -> Callable[[], object]:
     lock = threading.Lock()
 
     def barrier() -> None:
-        lock.acquire()
-        lock.release()
+        with lock:
+            pass
 
     return barrier
 
@@ -53,5 +56,17 @@ def choose_barrier(machine: str) -> Callable[[], object]:
     return _lock_barrier() if machine == "x86_64" else _libatomic_barrier()
 
 
+def ordering_for(machine: str) -> Callable[[], object]:
+    """What keeps loads in order with loads and stores with stores: on x86-64, nothing needs to."""
+    return _nothing if machine == "x86_64" else choose_barrier(machine)
+
+
+def _nothing() -> None:
+    pass
+
+
 full_barrier: Final = choose_barrier(platform.machine())
 """Order every store before this call ahead of every load after it."""
+
+order_accesses: Final = ordering_for(platform.machine())
+"""Order every load before this call ahead of those after it, and every store likewise."""

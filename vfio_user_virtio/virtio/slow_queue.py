@@ -4,6 +4,8 @@ The same ring as `split_queue.SplitQueue`, for the clients that give it no bette
 an fd (reached by messages to the client), or rings that a vIOMMU has scattered over pages.  Every
 access may wait, so everything is async and copies; it is made to be right, not fast.
 
+The barriers are there because memory that is reached by pieces may be mapped all the same.
+
 Between any two awaits the driver may have reset the queue.  `stop` then makes every further step
 raise `QueueStopped`, so that nothing more is written.
 """
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import DriverError
+from vfio_user_virtio.virtio.barrier import full_barrier, order_accesses
 from vfio_user_virtio.virtio.split_queue import (
     AVAIL_F_NO_INTERRUPT,
     DESCRIPTOR,
@@ -21,8 +24,11 @@ from vfio_user_virtio.virtio.split_queue import (
     F_INDIRECT,
     F_NEXT,
     F_WRITE,
+    MAX_STEPS,
     USED_F_NO_NOTIFY,
     check_indirect_untrusted,
+    endless_chain,
+    too_far,
 )
 
 if TYPE_CHECKING:
@@ -98,14 +104,13 @@ class SlowQueue:
         self._stopped = True
 
     async def take(self) -> SlowChain | None:
-        """The next available chain, or None if there is none."""
+        """The next available chain, or None if there is none.  As `SplitQueue.take`."""
         available = await self._read_u16(self._avail + 2)
-        pending = (available - self.next_avail) & 0xFFFF
-        if pending > self.size:
-            raise DriverError(
-                f"the available index is {pending} entries ahead in a ring of {self.size}"
-            )
-        if not pending:
+        order_accesses()
+        waiting = (available - self.next_avail) & 0xFFFF
+        if waiting > self.size - ((self.next_avail - self.next_used) & 0xFFFF):
+            raise too_far(waiting, self.next_avail, self.next_used, self.size)
+        if not waiting:
             return None
         head = await self._read_u16(self._avail + 4 + 2 * (self.next_avail % self.size))
         chain = await self._walk(head)
@@ -129,11 +134,9 @@ class SlowQueue:
         """Spread `data` over `pieces`; how many bytes found room."""
         done = 0
         for piece in pieces:
-            part = data[done : done + piece.size]
-            if not part:
-                break
-            await self._write(piece.iova, part)
-            done += len(part)
+            if part := data[done : done + piece.size]:
+                await self._write(piece.iova, part)
+                done += len(part)
         return done
 
     async def put(self, head: int, written: int) -> None:
@@ -144,14 +147,16 @@ class SlowQueue:
 
     async def publish(self) -> None:
         """Let the driver see every entry that was put."""
+        order_accesses()
         await self._write(self._used + 2, self.next_used.to_bytes(2, "little"))
 
     async def should_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was published since the last call."""
         new, old = self.next_used, self.signalled
-        self.signalled = new
         if new == old:
             return False
+        self.signalled = new
+        full_barrier()
         if self._event_idx:
             event = await self._read_u16(self._avail + 4 + 2 * self.size)
             return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -168,44 +173,51 @@ class SlowQueue:
             await self._write(self._used + 4 + 8 * self.size, self.next_avail.to_bytes(2, "little"))
         else:
             await self._write(self._used, bytes(2))
+        full_barrier()
         return await self._read_u16(self._avail + 2) == self.next_avail
 
     async def _walk(self, head: int) -> SlowChain:
         chain = SlowChain(head, [], [])
-        table, size, index, indirect = self._desc, self.size, head, False
-        for _ in range(limits.MAX_CHAIN_DESCRIPTORS):
+        table, size, index = b"", self.size, head
+        for _ in range(MAX_STEPS):
             if index >= size:
                 raise DriverError(f"descriptor {index} does not exist in a table of {size}")
-            raw = await self._read(table + DESCRIPTOR_SIZE * index, DESCRIPTOR_SIZE)
-            address, length, flags, index = DESCRIPTOR.unpack(raw)
+            offset = DESCRIPTOR_SIZE * index
+            if table:
+                fields = DESCRIPTOR.unpack_from(table, offset)
+            else:
+                fields = DESCRIPTOR.unpack(await self._read(self._desc + offset, DESCRIPTOR_SIZE))
+            address, length, flags, index = fields
             if flags & F_INDIRECT:
-                if indirect:
-                    raise DriverError("an indirect table holds an indirect descriptor")
-                check_indirect_untrusted(length, flags, allowed=self._indirect)
-                table, size, index, indirect = address, length // DESCRIPTOR_SIZE, 0, True
+                check_indirect_untrusted(length, flags, nested=bool(table), allowed=self._indirect)
+                table = await self._read(address, length)
+                size, index = length // DESCRIPTOR_SIZE, 0
                 continue
+            piece = Piece(address, min(length, limits.MAX_DESCRIPTOR_LENGTH))
             if flags & F_WRITE:
-                chain.writable.append(Piece(address, length))
+                chain.writable.append(piece)
             elif chain.writable:
                 raise DriverError("a readable descriptor follows a writable one")
             else:
-                chain.readable.append(Piece(address, length))
+                chain.readable.append(piece)
             if not flags & F_NEXT:
                 return chain
-        raise DriverError(
-            f"a chain has more than {limits.MAX_CHAIN_DESCRIPTORS} descriptors, or is a loop"
-        )
+        raise endless_chain()
 
     async def _read(self, iova: int, size: int) -> bytes:
+        self._check_running()
         data = await self._memory.read(iova, size) if size else b""
-        if self._stopped:
-            raise QueueStopped
+        self._check_running()
         return data
 
     async def _write(self, iova: int, data: bytes) -> None:
+        self._check_running()
+        await self._memory.write(iova, data)
+        self._check_running()
+
+    def _check_running(self) -> None:
         if self._stopped:
             raise QueueStopped
-        await self._memory.write(iova, data)
 
     async def _read_u16(self, iova: int) -> int:
         return int.from_bytes(await self._read(iova, 2), "little")

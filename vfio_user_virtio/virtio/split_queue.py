@@ -16,13 +16,12 @@ A queue whose rings or buffers cannot be mapped is served by `slow_queue.SlowQue
 
 from __future__ import annotations
 
-import platform
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import DriverError
-from vfio_user_virtio.virtio.barrier import full_barrier
+from vfio_user_virtio.virtio.barrier import full_barrier, order_accesses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +37,17 @@ DESCRIPTOR: Final = struct.Struct("<QIHH")
 """addr (IOVA), len in bytes, flags, next."""
 assert DESCRIPTOR.size == DESCRIPTOR_SIZE
 
+_LENGTH: Final = 0xFFFF_FFFF
+_NEXT: Final = F_NEXT << 32
+_WRITE: Final = F_WRITE << 32
+_INDIRECT: Final = F_INDIRECT << 32
+_LINKED: Final = _NEXT | _INDIRECT
+"""Where length and flags lie in the second half of a descriptor, read as one u64."""
+
 Views: TypeAlias = "list[memoryview]"
 ViewsOf: TypeAlias = "Callable[[int, int, bool], Views]"
-"""The host's views of (iova, size, for writing); raises DriverError, or what the memory raises."""
+"""The host's views of (iova, size, for writing), at most one per page and one more; raises
+DriverError, or what the memory raises."""
 
 
 class RingLayout(NamedTuple):
@@ -134,33 +141,43 @@ class SplitQueue:
     # --- taking chains -------------------------------------------------------------------------
 
     def look(self) -> int:
-        """See how far the driver has got; how many available entries wait to be taken."""
+        """See how far the driver has got; how many available entries wait to be taken.
+
+        Raises DriverError if that and what was taken and not put would not fit the ring.
+        """
         available = self._avail[1]
-        check = (available - self.next_avail) & 0xFFFF
-        if check > self.size:
-            raise DriverError(
-                f"the available index is {check} entries ahead in a ring of {self.size}"
-            )
         order_accesses()
+        waiting = (available - self.next_avail) & 0xFFFF
+        if waiting > self.size - ((self.next_avail - self.next_used) & 0xFFFF):
+            raise too_far(waiting, self.next_avail, self.next_used, self.size)
         self._available = available
-        return check
+        return waiting
 
     def take(self) -> Chain | None:
-        """The next available chain, or None if there is none."""
-        if self.next_avail == self._available and self.look() == 0:
+        """The next available chain, or None if there is none.
+
+        Buffers longer than `limits.MAX_DESCRIPTOR_LENGTH` appear cut to that.  Raises DriverError
+        and takes nothing if the chain breaks a rule.
+        """
+        position = self.next_avail
+        if position == self._available and self.look() == 0:
             return None
-        head = self._avail[2 + (self.next_avail & self._mask)]
+        head = self._avail[2 + (position & self._mask)]
         if head >= self.size:
             raise DriverError(f"descriptor {head} does not exist in a ring of {self.size}")
         address = self._desc[2 * head]
         word = self._desc[2 * head + 1]
-        flags = word >> 32 & 0xFFFF
-        if flags & (F_NEXT | F_INDIRECT):
+        if word & _LINKED:
             chain = self._walk(head, address, word)
         else:
-            views = self._views_of(address, word & 0xFFFF_FFFF, flags & F_WRITE != 0)
-            chain = Chain(head, [], views) if flags & F_WRITE else Chain(head, views, [])
-        self.next_avail = (self.next_avail + 1) & 0xFFFF
+            length = word & _LENGTH
+            if length > limits.MAX_DESCRIPTOR_LENGTH:
+                length = limits.MAX_DESCRIPTOR_LENGTH
+            if word & _WRITE:
+                chain = Chain(head, [], self._views_of(address, length, True))
+            else:
+                chain = Chain(head, self._views_of(address, length, False), [])
+        self.next_avail = (position + 1) & 0xFFFF
         return chain
 
     def give_back(self, entries: int = 1) -> None:
@@ -168,39 +185,40 @@ class SplitQueue:
         self.next_avail = (self.next_avail - entries) & 0xFFFF
 
     def _walk(self, head: int, address: int, word: int) -> Chain:
-        chain = Chain(head, [], [])
-        table, size, index, indirect = self._desc, self.size, head, False
-        for _ in range(limits.MAX_CHAIN_DESCRIPTORS):
-            flags = word >> 32 & 0xFFFF
-            length = word & 0xFFFF_FFFF
-            if flags & F_INDIRECT:
-                if indirect:
-                    raise DriverError("an indirect table holds an indirect descriptor")
-                table, size = self._indirect_table(address, length, flags)
-                index, indirect = 0, True
+        readable: Views = []
+        writable: Views = []
+        table, size, index = self._desc, self.size, 0
+        writing = indirect = False
+        for _ in range(MAX_STEPS):
+            length = word & _LENGTH
+            if word & _INDIRECT:
+                flags = word >> 32 & 0xFFFF
+                check_indirect_untrusted(length, flags, nested=indirect, allowed=self._indirect)
+                views = self._views_of(address, length, False)
+                table = (views[0] if len(views) == 1 else memoryview(b"".join(views))).cast("Q")
+                size, index, indirect = length // DESCRIPTOR_SIZE, 0, True
             else:
-                if flags & F_WRITE:
-                    chain.writable.extend(self._views_of(address, length, True))
-                elif chain.writable:
+                if length > limits.MAX_DESCRIPTOR_LENGTH:
+                    length = limits.MAX_DESCRIPTOR_LENGTH
+                if word & _WRITE:
+                    side, writing = writable, True
+                elif writing:
                     raise DriverError("a readable descriptor follows a writable one")
                 else:
-                    chain.readable.extend(self._views_of(address, length, False))
-                if not flags & F_NEXT:
-                    return chain
+                    side = readable
+                side += self._views_of(address, length, writing)
+                if len(side) > limits.MAX_CHAIN_PIECES:
+                    raise DriverError(
+                        f"a chain's buffers lie in more than {limits.MAX_CHAIN_PIECES} pieces"
+                    )
+                if not word & _NEXT:
+                    return Chain(head, readable, writable)
                 index = word >> 48
                 if index >= size:
                     raise DriverError(f"descriptor {index} does not exist in a table of {size}")
             address = table[2 * index]
             word = table[2 * index + 1]
-        raise DriverError(
-            f"a chain has more than {limits.MAX_CHAIN_DESCRIPTORS} descriptors, or is a loop"
-        )
-
-    def _indirect_table(self, address: int, length: int, flags: int) -> tuple[memoryview, int]:
-        check_indirect_untrusted(length, flags, allowed=self._indirect)
-        views = self._views_of(address, length, False)
-        table = views[0] if len(views) == 1 else memoryview(b"".join(views))
-        return table.cast("Q"), length // DESCRIPTOR_SIZE
+        raise endless_chain()
 
     # --- returning them ------------------------------------------------------------------------
 
@@ -220,11 +238,11 @@ class SplitQueue:
 
     def should_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was published since the last call."""
-        full_barrier()
         new, old = self.next_used, self.signalled
-        self.signalled = new
         if new == old:
             return False
+        self.signalled = new
+        full_barrier()
         if self._event_idx:
             event = self._avail[2 + self.size]
             return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -248,10 +266,15 @@ class SplitQueue:
         return self._avail[1] == self.next_avail
 
 
-def check_indirect_untrusted(length: int, flags: int, *, allowed: bool) -> None:
-    """Raises DriverError unless a descriptor with F_INDIRECT may have this length and flags."""
+def check_indirect_untrusted(length: int, flags: int, *, nested: bool, allowed: bool) -> None:
+    """Raises DriverError unless a descriptor with F_INDIRECT may be here, so long, with `flags`.
+
+    F_WRITE means nothing on it, and is ignored as the standard demands.
+    """
     if not allowed:
         raise DriverError("an indirect descriptor without INDIRECT_DESC")
+    if nested:
+        raise DriverError("an indirect table holds an indirect descriptor")
     if flags & F_NEXT:
         raise DriverError("an indirect descriptor has a next one")
     limit = DESCRIPTOR_SIZE * limits.MAX_CHAIN_DESCRIPTORS
@@ -261,13 +284,21 @@ def check_indirect_untrusted(length: int, flags: int, *, allowed: bool) -> None:
         )
 
 
-def _nothing() -> None:
-    pass
+MAX_STEPS: Final = limits.MAX_CHAIN_DESCRIPTORS + 1
+"""Descriptors that may be read for one chain: an indirect one leads to the others."""
 
 
-def ordering_for(machine: str) -> Callable[[], object]:
-    """What keeps loads in order with loads and stores with stores: on x86-64, nothing needs to."""
-    return _nothing if machine == "x86_64" else full_barrier
+def endless_chain() -> DriverError:
+    """What to raise after `MAX_STEPS`."""
+    return DriverError(
+        f"a chain has more than {limits.MAX_CHAIN_DESCRIPTORS} descriptors, or is a loop"
+    )
 
 
-order_accesses: Final = ordering_for(platform.machine())
+def too_far(waiting: int, next_avail: int, next_used: int, size: int) -> DriverError:
+    """What to raise for an available index `waiting` entries ahead of `next_avail`."""
+    unfinished = (next_avail - next_used) & 0xFFFF
+    return DriverError(
+        f"the available index is {waiting} entries ahead of {next_avail}, "
+        f"in a ring of {size} of which {unfinished} are in use"
+    )
