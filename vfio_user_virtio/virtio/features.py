@@ -97,6 +97,7 @@ NEEDS: Final[Mapping[Feature, tuple[Feature, ...]]] = {
     Feature.CTRL_MAC_ADDR: (Feature.CTRL_VQ,),
     Feature.NOTF_COAL: (Feature.CTRL_VQ,),
     Feature.VQ_NOTF_COAL: (Feature.CTRL_VQ,),
+    Feature.HASH_TUNNEL: (Feature.CTRL_VQ,),
     Feature.RSS: (Feature.CTRL_VQ,),
 }
 """Features that require all of others."""
@@ -104,6 +105,8 @@ NEEDS: Final[Mapping[Feature, tuple[Feature, ...]]] = {
 NEEDS_ONE: Final[Mapping[Feature, tuple[Feature, ...]]] = {
     Feature.GUEST_ECN: (Feature.GUEST_TSO4, Feature.GUEST_TSO6),
     Feature.HOST_ECN: (Feature.HOST_TSO4, Feature.HOST_TSO6),
+    Feature.HASH_TUNNEL: (Feature.RSS, Feature.HASH_REPORT),
+    Feature.RSC_EXT: (Feature.HOST_TSO4, Feature.HOST_TSO6),
 }
 """Features that require at least one of others."""
 

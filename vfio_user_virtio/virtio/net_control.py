@@ -89,8 +89,8 @@ def execute_untrusted(state: NetState, command: bytes) -> tuple[bytes, Change]:
         return ERR, Change.NOTHING
 
 
-def _exactly(data: bytes, size: int) -> int:
-    """A little-endian number of `size` bytes; longer data is a driver newer than we are."""
+def _number(data: bytes, size: int) -> int:
+    """The little-endian number in the first `size` bytes; more is a newer driver's business."""
     if len(data) < size:
         raise _Refused
     return int.from_bytes(data[:size], "little")
@@ -98,7 +98,7 @@ def _exactly(data: bytes, size: int) -> int:
 
 def _switch(name: str) -> Callable[[NetState, bytes], Change]:
     def apply(state: NetState, data: bytes) -> Change:
-        value = _exactly(data, 1)
+        value = _number(data, 1)
         if value > 1:
             raise _Refused
         setattr(state.filter, name, bool(value))
@@ -108,7 +108,7 @@ def _switch(name: str) -> Callable[[NetState, bytes], Change]:
 
 
 def _mac_table(data: bytes, offset: int) -> tuple[list[bytes], int]:
-    entries = _exactly(data[offset:], 4)
+    entries = _number(data[offset:], 4)
     end = offset + 4 + 6 * entries
     if end > len(data):
         raise _Refused
@@ -131,7 +131,7 @@ def _mac_addr_set(state: NetState, data: bytes) -> Change:
 
 def _vlan(*, add: bool) -> Callable[[NetState, bytes], Change]:
     def apply(state: NetState, data: bytes) -> Change:
-        vlan = _exactly(data, 2)
+        vlan = _number(data, 2)
         if vlan > MAX_VLAN:
             raise _Refused
         if add:
@@ -149,7 +149,7 @@ def _announce_ack(state: NetState, data: bytes) -> Change:
 
 
 def _vq_pairs_set(state: NetState, data: bytes) -> Change:
-    pairs = _exactly(data, 2)
+    pairs = _number(data, 2)
     if not 1 <= pairs <= state.max_queue_pairs:
         raise _Refused
     state.queue_pairs = pairs
@@ -157,7 +157,7 @@ def _vq_pairs_set(state: NetState, data: bytes) -> Change:
 
 
 def _offloads_set(state: NetState, data: bytes) -> Change:
-    offloads = _exactly(data, 8)
+    offloads = _number(data, 8)
     if offloads & ~(state.features & GUEST_OFFLOADS):
         raise _Refused
     state.guest_offloads = offloads

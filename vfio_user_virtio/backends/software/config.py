@@ -12,7 +12,7 @@ import attrs
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import ConfigError
-from vfio_user_virtio.virtio.features import Feature, mask_of
+from vfio_user_virtio.virtio.features import Feature, feature_names, mask_of, refusal_untrusted
 
 DEFAULT_FEATURES: Final = mask_of(
     (
@@ -102,7 +102,14 @@ class MemberConfig:
         if self.access_vlan is not None:
             _within("access_vlan", self.access_vlan, 1, 4_094)
         if unknown := self.features_on & ~(OPTIONAL_FEATURES | DEFAULT_FEATURES):
-            raise ConfigError(f"features_on has bits that no member can offer: {unknown:#x}")
+            raise ConfigError(
+                "features_on has what no member can offer: " + ", ".join(feature_names(unknown))
+            )
+        if contradiction := refusal_untrusted(self.offered, self.offered):
+            raise ConfigError(
+                f"the features that are left cannot be offered together: {contradiction}; "
+                "take both off or neither"
+            )
 
     @property
     def offered(self) -> int:
