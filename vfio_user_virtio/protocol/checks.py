@@ -14,7 +14,6 @@ from vfio_user_virtio.errors import ClientError, ConnectionLost
 if TYPE_CHECKING:
     from vfio_user_virtio.protocol.header import Buffer
 
-U64_END: Final = 1 << 64
 U32_END: Final = 1 << 32
 
 
