@@ -42,6 +42,10 @@ HANDSHAKE_SECONDS: Final = 10.0
 REMOTE_DMA_SECONDS: Final = 10.0
 """How long a reply to DMA_READ or DMA_WRITE may take before the device gives up on it."""
 
+RELEASE_SECONDS: Final = 1.0
+"""How long a device may take to give back a session's fds and mappings, and a last reply to leave;
+the daemon must stop within 2 s of SIGTERM."""
+
 REMOTE_DMA_CHUNK: Final = 64 * KIB
 """Largest DMA_READ or DMA_WRITE: QEMU truncates replies that do not fit its socket buffer."""
 
@@ -126,3 +130,9 @@ less than 4,000 frames a second while others wait loses frames."""
 
 MAX_BURST_SECONDS: Final = 0.01
 """What a member's rate limit lets through at once if the user names no burst."""
+
+MIN_RECONNECT_SECONDS: Final = 0.1
+"""First pause before an uplink's peer is sought again; it doubles from then on."""
+
+MAX_RECONNECT_SECONDS: Final = 5.0
+"""Longest such pause, and how long a peer must have stayed for the pauses to start anew."""

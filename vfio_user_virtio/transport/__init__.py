@@ -1,0 +1,1 @@
+"""vfio-user over UNIX stream sockets under trio: endpoint, session, listener, client."""

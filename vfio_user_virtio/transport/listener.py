@@ -1,0 +1,91 @@
+"""Where sessions come from: a listening socket, or one that is connected already.
+
+A device serves one client at a time.  The next one waits in the backlog until the device has been
+released, rather than being turned away: QEMU started again on the same socket may well knock
+before the end of its predecessor has been noticed.  That somebody waits is logged, since to a
+second QEMU, started by mistake, it looks like a server that does not answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vfio_user_virtio.protocol.version import OWN_CAPABILITIES, Capabilities
+from vfio_user_virtio.transport.session import Session
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vfio_user_virtio.device import Device
+
+logger = logging.getLogger(__name__)
+
+_OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_RETRY_SECONDS: Final = 0.1
+
+
+async def serve_listener(
+    listener: socket.socket,
+    device: Device,
+    *,
+    name: str = "session",
+    capabilities: Capabilities = OWN_CAPABILITIES,
+    on_session: Callable[[Session], None] | None = None,
+) -> None:
+    """Serve one client after the other until cancelled.
+
+    `listener` is a listening UNIX stream socket and stays the caller's; it is made non-blocking.
+    `on_session` sees each session before it runs (statistics).
+    """
+    listener.setblocking(False)
+    while True:
+        sock = await _accept(listener, name)
+        session = Session(sock, device, name=name, capabilities=capabilities)
+        if on_session is not None:
+            on_session(session)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_mention_waiting, listener, name)
+            await session.run()
+            nursery.cancel_scope.cancel()
+
+
+async def serve_connected(
+    sock: socket.socket,
+    device: Device,
+    *,
+    name: str = "session",
+    capabilities: Capabilities = OWN_CAPABILITIES,
+) -> Session:
+    """Serve the client at the other end of `sock` until it goes; the session, for its statistics.
+
+    `sock` is closed in the end.
+    """
+    session = Session(sock, device, name=name, capabilities=capabilities)
+    await session.run()
+    return session
+
+
+async def _accept(listener: socket.socket, name: str) -> socket.socket:
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        except OSError as error:
+            if error.errno not in _OUT_OF_RESOURCES:
+                raise
+            logger.warning("%s: cannot accept a client: %s; trying again", name, error.strerror)
+            await trio.sleep(_RETRY_SECONDS)
+            continue
+        return sock
+
+
+async def _mention_waiting(listener: socket.socket, name: str) -> None:
+    await trio.lowlevel.wait_readable(listener)
+    logger.info("%s: another client waits until this session is over", name)
