@@ -58,8 +58,7 @@ class Bed:
     """One provisioned bed.
 
     `root` holds `sys` (the unpacked packages), `vmlinux` (the kernel as an ELF file, for PVH),
-    `bzImage` (the same as firmware loads it), `manifest.json` and `images` (initial RAM file
-    systems, made when first needed).
+    `bzImage` (the same as firmware loads it) and `manifest.json`.
     """
 
     root: Path

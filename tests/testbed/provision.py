@@ -168,7 +168,6 @@ def build(root: Path) -> None:
         raise ProvisionError(f"{beds.KERNEL} brought {len(found)} kernel images, expected one")
     found[0].rename(made.bzimage)
     made.vmlinux.write_bytes(unpack_vmlinux(made.bzimage.read_bytes(), made.command("zstd")))
-    (root / "images").mkdir()
     made.manifest.write_text(json.dumps({"packages": packages}, indent=1, sort_keys=True) + "\n")
 
 

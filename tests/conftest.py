@@ -1,0 +1,58 @@
+"""Fixtures of the test bed, and the logs of a failed test's processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.testbed.bed import Bed
+from tests.testbed.netns import NoNamespaces, open_netns, unshare_options
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator
+
+    from tests.testbed.netns import Netns
+
+LOG_BYTES: Final = 6000
+"""How much of the end of each log a failed test shows."""
+
+
+@pytest.fixture(scope="session")
+def bed() -> Bed:
+    """The test bed; a test that needs it fails without it."""
+    return Bed.find()
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skips where this user may have no network namespace; never in CI."""
+    try:
+        unshare_options()
+    except NoNamespaces as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+async def netns(bed: Bed, namespaces: None) -> AsyncIterator[Netns]:
+    """A network namespace of the test's own."""
+    async with open_netns(bed) as opened:
+        yield opened
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds the end of every log in the test's folder to the report of its failure."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and isinstance(folder, Path):
+        for path in sorted(folder.rglob("*.log")):
+            text = path.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+            report.sections.append((str(path.relative_to(folder)), text))
+    return report

@@ -1,0 +1,137 @@
+"""A network namespace for one test: TAP devices, addresses, commands and sockets inside it.
+
+A holder process keeps the namespace; it ends with the test process, and with it all devices.  As
+root only the network namespace is new; otherwise a user namespace comes with it, in which the
+user is root.  Named namespaces (`ip netns`) were rejected: they need root and outlive a crash.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from tests.testbed.bed import Bed
+
+OPENER: Final = """
+import fcntl, socket, struct, sys
+kind, name = sys.argv[1:3]
+if kind == "tap":
+    TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x0002, 0x1000, 0x4000
+    file = open("/dev/net/tun", "r+b", buffering=0)
+    fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", name.encode(),
+        IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+else:
+    ETH_P_ALL = 0x0003
+    file = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    file.bind((name, 0))
+channel = socket.socket(fileno=0)
+socket.send_fds(channel, [b"x"], [file.fileno()])
+"""
+"""Opens a TAP device or a packet socket inside the namespace and hands its descriptor out."""
+
+
+class NoNamespaces(Exception):
+    """The system allows this user no network namespace or no TAP device."""
+
+
+class CommandFailed(Exception):
+    """A command inside the namespace failed; the message has what it printed."""
+
+
+class Netns:
+    """A namespace that a holder keeps; `open_netns` makes one."""
+
+    def __init__(self, bed: Bed, holder: int, *, user: bool) -> None:
+        self._bed = bed
+        self._prefix = ["nsenter", f"--target={holder}", "--net"]
+        if user:
+            self._prefix += ["--user", "--preserve-credentials"]
+
+    def wrap(self, argv: Sequence[str]) -> list[str]:
+        """The command that runs `argv` inside; its process is `argv`'s own, not a parent of it."""
+        return [*self._prefix, *argv]
+
+    async def run(self, *argv: str) -> str:
+        """What a command inside printed; raises `CommandFailed`.
+
+        `ip`, `iperf3` and `ethtool` are the bed's, `ping` is busybox's, others the system's.
+        """
+        if argv[0] in ("ip", "iperf3", "ethtool"):
+            argv = (*self._bed.command(argv[0]), *argv[1:])
+        elif argv[0] == "ping":
+            argv = (*self._bed.applet("ping"), *argv[1:])
+        done = await trio.run_process(
+            self.wrap(argv), capture_stdout=True, stderr=subprocess.STDOUT, check=False
+        )
+        output = done.stdout.decode(errors="replace")
+        if done.returncode:
+            raise CommandFailed(f"`{' '.join(argv)}` failed with {done.returncode}:\n{output}")
+        return output
+
+    async def add_tap(self, name: str, address: str = "", mtu: int = 1500) -> None:
+        """A TAP device with vnet_hdr that stays without anybody attached, up, with an address."""
+        await self.run("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr")
+        await self.run("ip", "link", "set", name, "mtu", str(mtu), "up")
+        if address:
+            await self.run("ip", "address", "add", address, "dev", name)
+
+    async def open_tap(self, name: str) -> int:
+        """A descriptor of the TAP device, made if it is not there; the caller closes it."""
+        return await self._open("tap", name)
+
+    async def open_packet_socket(self, name: str) -> socket.socket:
+        """An AF_PACKET socket bound to the device: all frames, from the Ethernet header on."""
+        return socket.socket(fileno=await self._open("packet", name))
+
+    async def _open(self, kind: str, name: str) -> int:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            argv = self.wrap([sys.executable, "-c", OPENER, kind, name])
+            await trio.run_process(argv, stdin=theirs)
+            _, (descriptor,), _, _ = socket.recv_fds(ours, 1, 1)
+        return descriptor
+
+
+@functools.cache
+def unshare_options() -> tuple[str, ...]:
+    """`unshare` options that this user may have; raises `NoNamespaces`."""
+    said = ""
+    for options in (("--net",), ("--net", "--user", "--map-root-user")):
+        command = ["unshare", *options, "sh", "-c", ": 3<>/dev/net/tun"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            return options
+        said = done.stderr.strip()
+    raise NoNamespaces(f"no network namespace with TAP devices for this user: {said}")
+
+
+@asynccontextmanager
+async def open_netns(bed: Bed) -> AsyncIterator[Netns]:
+    """A new namespace with its loopback up; raises `NoNamespaces`."""
+    options = unshare_options()
+    holder = await trio.lowlevel.open_process(
+        ["unshare", *options, "sh", "-c", "echo up; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    try:
+        if not await holder.stdout.receive_some():
+            raise NoNamespaces(f"`unshare {' '.join(options)}` gave no namespace")
+        netns = Netns(bed, holder.pid, user="--user" in options)
+        await netns.run("ip", "link", "set", "lo", "up")
+        yield netns
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        with trio.CancelScope(shield=True):
+            await holder.wait()
