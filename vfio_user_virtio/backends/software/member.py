@@ -1,0 +1,436 @@
+"""A member: one virtio-net function of the software model, as a session serves it and as the
+switch sees it.
+
+It joins the parts.  `Function` is the PCI side, `NetState` what the driver has set, `Queues` the
+rings that run, and the switch where frames come from and go to.  Commands of the client change
+registers at once; kicks are only noted, and `work` handles all that a batch brought in one pass.
+
+A member runs (`running`) while its driver is ready, it may do DMA, and a session is there.  When it
+stops for whatever reason its queues are let go of; their positions stay, so that it can go on.
+
+What a driver does wrong ends in DEVICE_NEEDS_RESET and one line in the log.  One thing is not held
+against it: memory that is missing when a frame comes in from outside.  QEMU re-maps guest RAM in
+steps, and between two of them a ring may be nowhere; the queues then pause until the next mapping.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.function import Function
+from vfio_user_virtio.backends.software.ports import HEAD_SIZE, NET_HEADER_SIZE, Offload
+from vfio_user_virtio.backends.software.queues import Queues
+from vfio_user_virtio.backends.software.transmitter import Outcome
+from vfio_user_virtio.device import ResetCause
+from vfio_user_virtio.errors import ClientError, DriverError
+from vfio_user_virtio.memory.access import GuestAccess
+from vfio_user_virtio.memory.guest_memory import GuestMemory, RemoteOnly
+from vfio_user_virtio.pci.config_space import ConfigEvents
+from vfio_user_virtio.virtio.common_config import Status
+from vfio_user_virtio.virtio.features import Feature
+from vfio_user_virtio.virtio.net_config import (
+    DUPLEX_FULL,
+    DUPLEX_UNKNOWN,
+    NetConfig,
+    NetStatus,
+)
+from vfio_user_virtio.virtio.net_control import (
+    GUEST_OFFLOADS,
+    Change,
+    NetState,
+    execute_untrusted,
+)
+from vfio_user_virtio.virtio.rx_filter import FilterState, accepts
+from vfio_user_virtio.virtio.steering import Steering, flow_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfio_user_virtio.backends.software.config import MemberConfig
+    from vfio_user_virtio.backends.software.ports import Buffer, Frame
+    from vfio_user_virtio.backends.software.switch import Switch
+    from vfio_user_virtio.device import (
+        DeviceInfo,
+        DmaMapping,
+        FeatureOperation,
+        IrqInfo,
+        IrqRequest,
+        RegionInfo,
+        RemoteMemory,
+    )
+
+_log: Final = logging.getLogger(__name__)
+
+_TPID: Final = b"\x81\x00"
+_FLOW_BYTES: Final = NET_HEADER_SIZE + 62
+"""Enough of a frame to tell its flow: up to the ports of TCP over IPv6 behind a VLAN tag."""
+
+
+@attrs.frozen
+class MemberStatistics:
+    """Counts since the member was made; frames and bytes are counted at the switch's port.
+
+    `filtered` frames did not pass the driver's filters, `missed` ones were for a queue pair without
+    buffers, `too_long` ones fitted no buffer, `invalid` ones the driver sent in a form that virtio
+    forbids.
+    """
+
+    filtered: int
+    missed: int
+    too_long: int
+    invalid: int
+    driver_errors: int
+
+
+class Member:
+    """One member on `switch`.  A `Device`, a `DirectPort` and a `Sender`."""
+
+    def __init__(self, name: str, config: MemberConfig, switch: Switch) -> None:
+        self.name = name
+        self.config = config
+        self.memory = GuestMemory(allow_unsealed=config.allow_unsealed_memory)
+        self.memory.subscribe(self._memory_released)
+        self.function = Function(config, self)
+        self.running = False
+        self.steering = Steering()
+        self.state = self._initial_state()
+        self._switch = switch
+        self._link_up = True
+        self._in_session = False
+        self._kicked = 0
+        self._again = 0
+        self._wake = trio.Event()
+        self._filtered = 0
+        self._missed = 0
+        self._driver_errors = 0
+        self._receiving_pair = 0
+        self._queues = Queues(self)
+
+    def _initial_state(self) -> NetState:
+        return NetState(FilterState(self.config.mac), max_queue_pairs=self.config.queue_pairs)
+
+    def statistics(self) -> MemberStatistics:
+        return MemberStatistics(
+            self._filtered,
+            self._missed,
+            self._queues.too_long,
+            self._queues.invalid,
+            self._driver_errors,
+        )
+
+    # --- Device: what the client asks ----------------------------------------------------------
+
+    def device_info(self) -> DeviceInfo:
+        return self.function.info()
+
+    def region_info(self, index: int) -> RegionInfo:
+        return self.function.region_info(index)
+
+    def irq_info(self, index: int) -> IrqInfo:
+        return self.function.interrupts.info(index)
+
+    async def region_read(self, index: int, offset: int, count: int) -> bytes:
+        return self.function.read(index, offset, count)
+
+    async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
+        self.function.write(index, offset, data)
+
+    async def set_irqs(self, request: IrqRequest) -> None:
+        self.function.interrupts.set_irqs(request)
+
+    async def dma_map(self, mapping: DmaMapping) -> None:
+        self.memory.map(mapping)
+        if self.running and not self._queues.open:
+            self._again = self._queues.all_kicked()
+
+    async def dma_unmap(self, iova: int, size: int) -> None:
+        self.work()
+        self.memory.unmap(iova, size)
+
+    async def reset(self, cause: ResetCause) -> None:
+        self._reset(cause)
+
+    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
+        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
+
+    async def migration_read(self, count: int) -> bytes:
+        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
+
+    async def migration_write(self, data: bytes | memoryview) -> None:
+        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
+
+    async def serve(self, memory: RemoteMemory) -> None:
+        self._in_session = True
+        self._queues.access = GuestAccess(self.memory, memory)
+        self._update_running()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._queues.slow.run)
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                self.work()
+                await trio.lowlevel.checkpoint()
+
+    async def release(self) -> None:
+        self._in_session = False
+        self._update_running()
+        self._queues.access = None
+        self.memory.clear()
+        self.function.interrupts.close()
+
+    def work(self) -> None:
+        kicked, self._kicked = self._kicked, 0
+        again, self._again = self._again, 0
+        if not self.running or not (kicked or again):
+            return
+        try:
+            self._run(kicked | again)
+        except DriverError as error:
+            if kicked:
+                self._fail(error)
+            else:
+                self._queues.close()
+        self._switch.flush()
+        self._switch.poll(self)
+
+    # --- what registers set in motion ----------------------------------------------------------
+
+    def kick(self, queue: int) -> None:
+        if queue < self.config.num_queues:
+            self._kicked |= 1 << queue
+
+    def features_accepted(self, features: int) -> None:
+        self.state.features = features
+        self.state.guest_offloads = features & GUEST_OFFLOADS
+        self.state.filter.filter_vlans = bool(features & Feature.CTRL_VLAN.mask)
+
+    def driver_ok(self) -> None:
+        self._update_running()
+
+    def queue_enabled(self, index: int) -> None:
+        self._queues.close()
+        self._queues.positions.pop(index, None)
+        if self.running:
+            self._again = self._queues.all_kicked()
+
+    def queue_reset(self, index: int) -> None:
+        self._queues.close()
+        self._queues.positions.pop(index, None)
+        self._kicked &= ~(1 << index)
+
+    def device_reset(self) -> None:
+        self._update_running()
+        self._queues.positions.clear()
+        self._kicked = self._again = 0
+        self.state = self._initial_state()
+        self.steering.resize(1)
+        self.function.reset_transport()
+
+    def config_events(self, events: ConfigEvents) -> None:
+        if events & (ConfigEvents.FUNCTION_LEVEL_RESET | ConfigEvents.POWER_D0):
+            flr = events & ConfigEvents.FUNCTION_LEVEL_RESET
+            self._reset(ResetCause.FUNCTION_LEVEL if flr else ResetCause.POWER_STATE)
+        else:
+            self._update_running()
+
+    def device_config(self) -> bytes:
+        status = NetStatus.LINK_UP if self._link_up else NetStatus(0)
+        if self.state.announce:
+            status |= NetStatus.ANNOUNCE
+        known = self.config.offered & Feature.SPEED_DUPLEX.mask
+        return NetConfig(
+            mac=self.state.filter.mac,
+            status=status,
+            max_virtqueue_pairs=self.config.queue_pairs,
+            mtu=self.config.mtu or 0,
+            speed=self.config.speed if known else 0,
+            duplex=DUPLEX_FULL if known else DUPLEX_UNKNOWN,
+        ).encode()
+
+    def _reset(self, cause: ResetCause) -> None:
+        _log.debug("%s: reset: %s", self.name, cause.value)
+        self.function.reset()
+        self.device_reset()
+
+    def _update_running(self) -> None:
+        running = self._in_session and self.function.common.live and self.function.may_dma
+        if running == self.running:
+            return
+        self.running = running
+        if running:
+            self._again = self._queues.all_kicked()
+            self._wake.set()
+        else:
+            self._queues.close()
+        self._switch.refresh()
+
+    def _fail(self, error: DriverError) -> None:
+        self._driver_errors += 1
+        _log.warning(
+            "%s: the guest's driver broke a rule: %s; it has to reset the device", self.name, error
+        )
+        self.function.common.needs_reset()
+        self._update_running()
+        self.function.interrupt_config()
+
+    # --- the link and its announcement ---------------------------------------------------------
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it."""
+        if up != self._link_up:
+            self._link_up = up
+            self._config_changed()
+            self._switch.refresh()
+
+    def announce(self) -> None:
+        """Ask the driver to announce itself (GUEST_ANNOUNCE), if it can."""
+        if self.state.features & Feature.GUEST_ANNOUNCE.mask and not self.state.announce:
+            self.state.announce = True
+            self._config_changed()
+
+    def _config_changed(self) -> None:
+        self.function.common.config_changed()
+        if self.function.common.state.status & Status.DRIVER_OK:
+            self.function.interrupt_config()
+
+    # --- the queues ----------------------------------------------------------------------------
+
+    def slow_failed(self, error: DriverError) -> None:
+        """The slow service met a broken rule."""
+        self._fail(error)
+
+    def send(self, pair: int, frame: Sequence[Buffer], size: int) -> bool:
+        """The driver sent a frame on queue pair `pair`; False: keep it, `resume` will come."""
+        if self.steering.pairs > 1:
+            self.steering.sent(flow_slot(_flow_bytes(frame)), pair)
+        return self._switch.forward(self, frame, size)
+
+    def sent(self) -> None:
+        """A batch has been sent outside of `work`."""
+        self._switch.flush()
+        self._switch.poll(self)
+
+    def execute(self, command: bytes) -> bytes:
+        """A control command of the driver; the bytes of the answer."""
+        answer, change = execute_untrusted(self.state, command)
+        if change & Change.QUEUE_PAIRS:
+            self.steering.resize(self.state.queue_pairs)
+            self._receiving_pair = 0
+        if change & Change.OFFLOADS:
+            self._switch.refresh()
+        return answer
+
+    def _run(self, kicked: int) -> None:
+        queues = self._queues
+        if not queues.ensure_open():
+            return
+        if kicked & queues.receive_mask:
+            self._switch.writable(self)
+        while kicked:
+            lowest = kicked & -kicked
+            kicked ^= lowest
+            if queues.run(lowest.bit_length() - 1, limits.WORK_BUDGET) is Outcome.MORE:
+                self._again |= lowest
+                self._wake.set()
+
+    def _memory_released(self, start: int, end: int) -> None:
+        self._queues.memory_released(start, end)
+
+    # --- Sender --------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        self._again |= self._queues.send_mask
+        self._queues.kick_slow_senders()
+        self._wake.set()
+
+    def room(self) -> None:
+        """The slow service has taken frames off a backlog."""
+        self._switch.writable(self)
+
+    # --- DirectPort ----------------------------------------------------------------------------
+
+    @property
+    def offloads(self) -> Offload:
+        return Offload(self.state.guest_offloads)
+
+    @property
+    def up(self) -> bool:
+        return self.running and self._link_up
+
+    def deliver(self, frame: Frame, size: int) -> bool:
+        if not self._accepts(frame[0]):
+            self._filtered += 1
+            return True
+        pair = 0
+        if self.steering.pairs > 1:
+            pair = self.steering.pair_for(flow_slot(_flow_bytes(frame)))
+        return self._deliver_to(pair, frame, size)
+
+    def reserve(self) -> Sequence[memoryview] | None:
+        pair = self._receiving_pair
+        try:
+            receiver = self._queues.receiver(pair)
+            return None if receiver is None else receiver.reserve()
+        except DriverError:
+            self._queues.close()
+            return None
+        except RemoteOnly:
+            self._queues.serve_by_messages(2 * pair)
+            return self.reserve()
+
+    def commit(self, size: int) -> None:
+        pair = self._receiving_pair
+        receiver = self._queues.receivers[pair]
+        assert receiver is not None
+        if not self.state.filter.promisc and not self._accepts(receiver.peek(HEAD_SIZE)):
+            self._filtered += 1
+            return
+        if self.steering.pairs > 1:
+            slot = flow_slot(receiver.peek(_FLOW_BYTES)[NET_HEADER_SIZE:])
+            self._receiving_pair = self.steering.pair_for(slot)
+            if self._receiving_pair != pair:
+                if not self._deliver_to(self._receiving_pair, receiver.reserved(size), size):
+                    self._missed += 1
+                return
+        receiver.commit(size)
+
+    def _deliver_to(self, pair: int, frame: Frame, size: int) -> bool:
+        try:
+            receiver = self._queues.receiver(pair)
+            return receiver is not None and receiver.deliver(frame, size)
+        except DriverError:
+            self._queues.close()
+            return False
+        except RemoteOnly:
+            self._queues.serve_by_messages(2 * pair)
+            return self._deliver_to(pair, frame, size)
+
+    def flush(self) -> None:
+        for pair, receiver in enumerate(self._queues.receivers):
+            if receiver is not None and receiver.should_interrupt():
+                self.function.interrupt_queue(2 * pair)
+
+    def _accepts(self, head: Buffer) -> bool:
+        rules = self.state.filter
+        if rules.promisc:
+            return True
+        vlan = None
+        if rules.filter_vlans and head[24:26] == _TPID and len(head) >= HEAD_SIZE:
+            vlan = int.from_bytes(head[26:28], "big") & 0xFFF
+        return accepts(rules, bytes(head[12:18]), vlan)
+
+
+def _flow_bytes(frame: Sequence[Buffer]) -> bytes:
+    """The bytes of a frame that tell its flow, from its Ethernet header on."""
+    head = bytes(frame[0])
+    for part in frame[1:]:
+        if len(head) >= _FLOW_BYTES:
+            break
+        head += part[: _FLOW_BYTES - len(head)]
+    return head[NET_HEADER_SIZE:_FLOW_BYTES]

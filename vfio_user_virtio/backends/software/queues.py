@@ -1,0 +1,308 @@
+"""The queues of a member that run: which ring is served how, and where it stands.
+
+A queue is opened when it is first needed and closed when it stops or its memory changes; between
+the two only its position is kept, which is plain data.  A ring that lies in mapped memory in one
+piece is worked on in place (`SplitQueue`), any other goes to the slow service, and so does a queue
+whose buffers turn out to be reachable by messages only.
+
+Which index is what depends on what was negotiated: RX and TX alternate, and the control queue is
+behind the last pair with MQ, but always the third without (virtio 1.4, Network Device, Virtqueues).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import attrs
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.receiver import Receiver
+from vfio_user_virtio.backends.software.slow_service import (
+    SlowControl,
+    SlowReceiver,
+    SlowService,
+    SlowTransmitter,
+)
+from vfio_user_virtio.backends.software.transmitter import Headers, Outcome, Transmitter
+from vfio_user_virtio.errors import DriverError
+from vfio_user_virtio.memory.guest_memory import RemoteOnly
+from vfio_user_virtio.virtio.features import Feature
+from vfio_user_virtio.virtio.slow_queue import SlowQueue
+from vfio_user_virtio.virtio.split_queue import (
+    SplitQueue,
+    check_alignment_untrusted,
+    ring_layout,
+)
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.backends.software.member import Member
+    from vfio_user_virtio.memory.access import GuestAccess
+    from vfio_user_virtio.virtio.common_config import QueueState
+
+_CONTROL_WITHOUT_MQ: Final = 2
+Ring: TypeAlias = SplitQueue | SlowQueue
+
+
+@attrs.frozen
+class Position:
+    """Where a queue stands: its next entry, and the next one to announce.
+
+    One index is enough: between two commands nothing that was taken is unfinished, so that the next
+    available entry to take is the next used entry to fill.
+    """
+
+    index: int
+    signalled: int
+
+
+class Queues:
+    """The running queues of `member`."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self.open = False
+        self.access: GuestAccess | None = None
+        self.positions: dict[int, Position] = {}
+        self.receivers: list[Receiver | SlowReceiver | None] = []
+        self.receive_mask = 0
+        self.send_mask = 0
+        self.too_long = 0
+        self.invalid = 0
+        self.slow = SlowService(self._interrupt, member.sent, member.slow_failed)
+        self._rings: dict[int, Ring] = {}
+        self._areas: list[tuple[int, int]] = []
+        self._transmitters: dict[int, Transmitter | SlowTransmitter] = {}
+        self._slow_senders: list[int] = []
+        self._by_messages: set[int] = set()
+        self._control: int | None = None
+
+    def all_kicked(self) -> int:
+        """A mask of all queues that exist."""
+        return (1 << self._member.config.num_queues) - 1
+
+    def ensure_open(self) -> bool:
+        """Open what may run.  False if nothing may.
+
+        Raises DriverError if a ring is misplaced or in no guest memory; then nothing is open.
+        """
+        if not self.open and self._member.running:
+            try:
+                self._open_all()
+            except DriverError:
+                self.close()
+                raise
+        return self.open
+
+    def close(self) -> None:
+        """Let go of all guest memory; the positions stay."""
+        for receiver in self.receivers:
+            if receiver is not None:
+                receiver.forget()
+                self.too_long += receiver.too_long
+        for transmitter in self._transmitters.values():
+            self.invalid += transmitter.invalid
+        for index, ring in self._rings.items():
+            self.positions[index] = Position(ring.next_used, ring.signalled)
+        self.slow.stop()
+        self.open = False
+        self.receivers = []
+        self.receive_mask = self.send_mask = 0
+        self._rings = {}
+        self._areas = []
+        self._transmitters = {}
+        self._slow_senders = []
+        self._control = None
+        if not self._member.running:
+            self._by_messages.clear()
+
+    def memory_released(self, start: int, end: int) -> None:
+        """Guest memory at start … end - 1 is no longer there."""
+        if any(start < area_end and area_start < end for area_start, area_end in self._areas):
+            self.close()
+        else:
+            for receiver in self.receivers:
+                if receiver is not None:
+                    receiver.forget()
+
+    def receiver(self, pair: int) -> Receiver | SlowReceiver | None:
+        """The receiving side of `pair`, or None while it is not there."""
+        if not self.open:
+            try:
+                if not self.ensure_open():
+                    return None
+            except DriverError:
+                return None
+        return self.receivers[pair]
+
+    def run(self, index: int, budget: int) -> Outcome:
+        """Do what there is to do on a TX or control queue; others have nothing to be done.
+
+        Raises DriverError.
+        """
+        ring = self._rings.get(index)
+        if isinstance(ring, SlowQueue):
+            self.slow.kick(index)
+            return Outcome.DRAINED
+        try:
+            return self._run(index, ring, budget)
+        except RemoteOnly:
+            self.serve_by_messages(index)
+            self.ensure_open()
+            return Outcome.MORE
+
+    def serve_by_messages(self, index: int) -> None:
+        """A buffer of the queue can be reached by messages only: so serve all of the queue."""
+        self.close()
+        self._by_messages.add(index)
+
+    def kick_slow_senders(self) -> None:
+        """A destination has room again."""
+        for index in self._slow_senders:
+            self.slow.kick(index)
+
+    def _run(self, index: int, ring: SplitQueue | None, budget: int) -> Outcome:
+        if ring is None:
+            return Outcome.DRAINED
+        transmitter = self._transmitters.get(index)
+        if isinstance(transmitter, Transmitter):
+            outcome = transmitter.run(budget)
+        elif index == self._control:
+            outcome = self._run_control(ring, budget)
+        else:
+            return Outcome.DRAINED
+        if ring.should_interrupt():
+            self._interrupt(index)
+        return outcome
+
+    def _run_control(self, ring: SplitQueue, budget: int) -> Outcome:
+        for _ in range(budget):
+            chain = ring.take()
+            if chain is None:
+                if ring.enable_kicks():
+                    return Outcome.DRAINED
+                continue
+            command = b"".join(chain.readable)[: limits.MAX_CONTROL_SIZE]
+            answer = self._member.execute(command)
+            target = next((view for view in chain.writable if view), None)
+            if target is not None:
+                target[: len(answer)] = answer
+            ring.put(chain.head, 0 if target is None else len(answer))
+            ring.publish()
+        return Outcome.MORE
+
+    def _interrupt(self, index: int) -> None:
+        self._member.function.interrupt_queue(index)
+
+    # --- opening -------------------------------------------------------------------------------
+
+    def _open_all(self) -> None:
+        member = self._member
+        features = member.state.features
+        pairs = member.config.queue_pairs if features & Feature.MQ.mask else 1
+        headers = Headers(features)
+        self.receivers = [None] * pairs
+        for pair in range(pairs):
+            self._open_receiver(pair, mergeable=bool(features & Feature.MRG_RXBUF.mask))
+            self._open_transmitter(pair, headers)
+        if features & Feature.CTRL_VQ.mask:
+            self._open_control(2 * pairs if pairs > 1 else _CONTROL_WITHOUT_MQ)
+        self.open = True
+
+    def _open_receiver(self, pair: int, *, mergeable: bool) -> None:
+        index = 2 * pair
+        ring = self._open_ring(index)
+        if isinstance(ring, SplitQueue):
+            self.receivers[pair] = Receiver(ring, mergeable=mergeable)
+        elif ring is not None:
+            receiver = SlowReceiver(
+                ring,
+                mergeable=mergeable,
+                wake=partial(self.slow.kick, index),
+                room=self._member.room,
+            )
+            self.receivers[pair] = receiver
+            self.slow.add(index, receiver)
+        if ring is not None:
+            self.receive_mask |= 1 << index
+
+    def _open_transmitter(self, pair: int, headers: Headers) -> None:
+        index = 2 * pair + 1
+        ring = self._open_ring(index)
+        send = partial(self._member.send, pair)
+        if isinstance(ring, SplitQueue):
+            self._transmitters[index] = Transmitter(ring, headers, send)
+            self.send_mask |= 1 << index
+        elif ring is not None:
+            transmitter = SlowTransmitter(ring, headers, send)
+            self._transmitters[index] = transmitter
+            self._slow_senders.append(index)
+            self.slow.add(index, transmitter)
+
+    def _open_control(self, index: int) -> None:
+        ring = self._open_ring(index)
+        if isinstance(ring, SlowQueue):
+            self.slow.add(index, SlowControl(ring, self._member.execute))
+        self._control = index
+
+    def _open_ring(self, index: int) -> Ring | None:
+        registers = self._member.function.common.state.queues[index]
+        if not registers.enabled:
+            return None
+        check_alignment_untrusted(registers.desc, registers.driver, registers.device)
+        features = self._member.state.features
+        event_idx = bool(features & Feature.EVENT_IDX.mask)
+        indirect = bool(features & Feature.INDIRECT_DESC.mask)
+        views = None if index in self._by_messages else self._ring_views(registers)
+        ring: Ring
+        if views is not None:
+            ring = SplitQueue(
+                registers.size,
+                *views,
+                views_of=self._views_of,
+                event_idx=event_idx,
+                indirect=indirect,
+            )
+        else:
+            assert self.access is not None
+            ring = SlowQueue(
+                registers.size,
+                registers.desc,
+                registers.driver,
+                registers.device,
+                memory=self.access,
+                event_idx=event_idx,
+                indirect=indirect,
+            )
+        position = self.positions.get(index)
+        if position is not None:
+            ring.start(position.index, position.index)
+            ring.signalled = position.signalled
+        self._rings[index] = ring
+        return ring
+
+    def _ring_views(
+        self, registers: QueueState
+    ) -> tuple[memoryview, memoryview, memoryview] | None:
+        """The three areas of a ring, or None if one of them is not one piece of mapped memory."""
+        layout = ring_layout(registers.size)
+        areas = (
+            (registers.desc, layout.desc, False),
+            (registers.driver, layout.avail, False),
+            (registers.device, layout.used, True),
+        )
+        found: list[memoryview] = []
+        for iova, size, write in areas:
+            try:
+                pieces = self._member.memory.views(iova, size, write)
+            except RemoteOnly:
+                return None
+            if len(pieces) != 1:
+                return None
+            found.append(pieces[0])
+        self._areas.extend((iova, iova + size) for iova, size, _ in areas)
+        return found[0], found[1], found[2]
+
+    def _views_of(self, iova: int, size: int, write: bool) -> list[memoryview]:
+        view = self._member.memory.view(iova, size, write)
+        return self._member.memory.views(iova, size, write) if view is None else [view]

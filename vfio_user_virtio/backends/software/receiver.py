@@ -1,0 +1,228 @@
+"""The receiving side of one queue pair: frames into the buffers that the driver has posted.
+
+Buffers are taken from the ring ahead of need and kept, so that a frame costs only the buffers that
+it fills: an uplink reads straight into the kept views (`reserve`, `commit`), and what it did not
+fill waits for the next frame.  Nothing in guest memory shows that a buffer was taken, so `forget`
+can give all of them back at any time, which it must when mappings change or the queue stops.
+
+With MRG_RXBUF a frame spreads over as many buffers as it needs; without, each frame needs one
+buffer that is large enough, and one that is too long is dropped, as the standard says.
+
+When the driver has posted less than the largest frame needs, an uplink reads into what there is
+and, behind it, into a spill area of the process.  A frame that reached the spill area is held
+until there is room, so that a small ring loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.ports import NET_HEADER_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfio_user_virtio.backends.software.ports import Buffer
+    from vfio_user_virtio.virtio.split_queue import SplitQueue
+
+LARGEST: Final = limits.MAX_FRAME_SIZE + NET_HEADER_SIZE
+_NUM_BUFFERS: Final = 10
+_SPILL: Final = memoryview(bytearray(LARGEST + 1))
+
+
+class Receiver:
+    """Delivery into `queue`."""
+
+    __slots__ = (
+        "_capacity",
+        "_chains",
+        "_held",
+        "_kicks",
+        "_mergeable",
+        "_queue",
+        "_views",
+        "too_long",
+    )
+
+    def __init__(self, queue: SplitQueue, *, mergeable: bool) -> None:
+        self._queue = queue
+        self._mergeable = mergeable
+        self._chains: list[tuple[int, int, int]] = []
+        """Taken from the ring, oldest first: head, how many views, how many bytes."""
+        self._views: list[memoryview] = []
+        self._capacity = 0
+        self._held: bytes | None = None
+        self._kicks = True
+        """Whether the driver tells us when it posts buffers."""
+        self.too_long = 0
+        """Frames dropped because no buffer of the driver could hold them."""
+
+    def reserve(self) -> Sequence[memoryview] | None:
+        """Room for the largest frame, the driver's buffers first; None if it has posted none."""
+        if self._held is not None and not self._release_held():
+            return None
+        if self._capacity > LARGEST:
+            return self._views
+        if self._mergeable:
+            while self._capacity <= LARGEST and self._take():
+                pass
+            if self._capacity > LARGEST:
+                return self._views
+        while not self._views and not self._take():
+            if self._starved():
+                return None
+        return [*self._views, _SPILL]
+
+    def commit(self, size: int) -> bool:
+        """The reserved room holds `size` bytes; whether the driver has them now."""
+        if size <= self._capacity:
+            self._finish(size)
+            return True
+        if self._mergeable:
+            self._held = b"".join([*self._views, _SPILL])[:size]
+        else:
+            self.too_long += 1
+        return False
+
+    def deliver(self, frame: Sequence[Buffer], size: int) -> bool:
+        """Copy a frame of `size` bytes in; False if there is no room now."""
+        if self._held is not None and not self._release_held():
+            return False
+        return self._deliver(frame, size)
+
+    def _deliver(self, frame: Sequence[Buffer], size: int) -> bool:
+        while self._capacity < size and (self._mergeable or not self._chains):
+            if not self._take() and self._starved():
+                if len(self._chains) < self._queue.size:
+                    return False
+                self.too_long += 1
+                return True
+        if self._capacity < size:
+            self.too_long += 1
+            return True
+        views = self._views
+        first = views[0]
+        if len(first) >= size:
+            position = 0
+            for part in frame:
+                end = position + len(part)
+                first[position:end] = part
+                position = end
+        else:
+            _scatter(frame, views)
+        self._finish(size)
+        return True
+
+    def should_interrupt(self) -> bool:
+        """Whether the driver wants to be told of what it was given."""
+        return self._queue.should_interrupt()
+
+    def peek(self, size: int) -> bytes:
+        """The first `size` bytes of the reserved room, or as many as it has."""
+        first = self._views[0]
+        if len(first) >= size:
+            return bytes(first[:size])
+        return b"".join(self._views)[:size]
+
+    def reserved(self, size: int) -> Sequence[Buffer]:
+        """The first `size` bytes of the reserved room, as a frame for another queue's `deliver`."""
+        whole = memoryview(b"".join([*self._views, _SPILL]))
+        return (whole[:size],)
+
+    def forget(self) -> None:
+        """Give back every buffer that was taken and not filled, and drop the views."""
+        if self._chains:
+            self._queue.give_back(len(self._chains))
+            self._chains.clear()
+            self._views.clear()
+            self._capacity = 0
+
+    def _take(self) -> bool:
+        chain = self._queue.take()
+        if chain is None:
+            return False
+        writable = chain.writable
+        size = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
+        if self._kicks:
+            self._kicks = False
+            self._queue.disable_kicks()
+        self._chains.append((chain.head, len(writable), size))
+        self._views.extend(writable)
+        self._capacity += size
+        return True
+
+    def _starved(self) -> bool:
+        """Ask to be told when the driver posts more; False if it just has."""
+        self._kicks = True
+        return self._queue.enable_kicks()
+
+    def _release_held(self) -> bool:
+        held, self._held = self._held, None
+        assert held is not None
+        if self._deliver((held,), len(held)):
+            return True
+        self._held = held
+        return False
+
+    def _finish(self, size: int) -> None:
+        queue, chains, views = self._queue, self._chains, self._views
+        head, num_views, capacity = chains[0]
+        if size <= capacity:
+            _set_num_buffers(views, 1)
+            queue.put(head, size)
+            del chains[0]
+            del views[:num_views]
+            self._capacity -= capacity
+        else:
+            self._finish_merged(size)
+        queue.publish()
+
+    def _finish_merged(self, size: int) -> None:
+        used = used_views = 0
+        room = 0
+        for head, num_views, capacity in self._chains:
+            self._queue.put(head, min(capacity, size - room))
+            room += capacity
+            used += 1
+            used_views += num_views
+            if room >= size:
+                break
+        _set_num_buffers(self._views, used)
+        del self._chains[:used]
+        del self._views[:used_views]
+        self._capacity -= room
+
+
+def _set_num_buffers(views: list[memoryview], count: int) -> None:
+    first = views[0]
+    if len(first) >= NET_HEADER_SIZE:
+        first[_NUM_BUFFERS] = count & 0xFF
+        first[_NUM_BUFFERS + 1] = count >> 8
+        return
+    position = 0
+    for view in views:
+        for offset, value in ((_NUM_BUFFERS, count & 0xFF), (_NUM_BUFFERS + 1, count >> 8)):
+            if position <= offset < position + len(view):
+                view[offset - position] = value
+        position += len(view)
+        if position >= NET_HEADER_SIZE:
+            return
+
+
+def _scatter(frame: Sequence[Buffer], views: Sequence[memoryview]) -> None:
+    """Copy the bytes of `frame` into `views`, which have room for them."""
+    targets = iter(views)
+    target = next(targets)
+    position = 0
+    for part in frame:
+        rest = memoryview(part)
+        while rest:
+            room = len(target) - position
+            if not room:
+                target, position = next(targets), 0
+                continue
+            piece = rest[:room]
+            target[position : position + len(piece)] = piece
+            position += len(piece)
+            rest = rest[len(piece) :]

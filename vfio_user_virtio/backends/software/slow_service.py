@@ -1,0 +1,264 @@
+"""The queues of a member that cannot be worked on in place, served by copies and by messages.
+
+Guest memory without an fd is reached by DMA_READ and DMA_WRITE, and those may not be awaited while
+the client waits for us.  So none of this happens in a command: kicks and frames only set a task
+going (`SlowService.run`), which takes as long as it takes.  What the switch hands over meanwhile
+waits in a bounded backlog.
+
+The rules of the ring are those of `virtio.slow_queue`; what is done with the frames is the same as
+in `receiver` and `transmitter`, whose interfaces the classes here share as far as they are called
+from the switch's side.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.receiver import LARGEST
+from vfio_user_virtio.backends.software.transmitter import gather_head
+from vfio_user_virtio.errors import ConnectionLost, DriverError, RemoteError
+from vfio_user_virtio.virtio.slow_queue import QueueStopped, total
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vfio_user_virtio.backends.software.ports import Buffer
+    from vfio_user_virtio.backends.software.transmitter import Headers
+    from vfio_user_virtio.virtio.slow_queue import Piece, SlowChain, SlowQueue
+
+BACKLOG_FRAMES: Final = 64
+BACKLOG_BYTES: Final = 16 * LARGEST
+_NUM_BUFFERS: Final = slice(10, 12)
+_BOUNCE: Final = memoryview(bytearray(LARGEST + 1))
+
+
+class SlowWorker(Protocol):
+    """What serves one slow queue."""
+
+    queue: SlowQueue
+
+    async def run(self) -> None:
+        """Do what there is to do.  Raises DriverError, QueueStopped, or what the memory raises."""
+        ...
+
+
+class SlowReceiver:
+    """Delivery by way of a backlog; `wake` sets the service going, `room` tells the switch."""
+
+    def __init__(
+        self,
+        queue: SlowQueue,
+        *,
+        mergeable: bool,
+        wake: Callable[[], None],
+        room: Callable[[], None],
+    ) -> None:
+        self.queue = queue
+        self._mergeable = mergeable
+        self._wake = wake
+        self._room = room
+        self._backlog: deque[bytes] = deque()
+        self._backlog_bytes = 0
+        self.too_long = 0
+
+    def reserve(self) -> Sequence[memoryview] | None:
+        return (_BOUNCE,) if self._has_room(LARGEST) else None
+
+    def commit(self, size: int) -> bool:
+        self._append(bytes(_BOUNCE[:size]))
+        return True
+
+    def deliver(self, frame: Sequence[Buffer], size: int) -> bool:
+        if not self._has_room(size):
+            return False
+        self._append(b"".join(frame))
+        return True
+
+    def peek(self, size: int) -> bytes:
+        return bytes(_BOUNCE[:size])
+
+    def reserved(self, size: int) -> Sequence[Buffer]:
+        return (_BOUNCE[:size],)
+
+    def forget(self) -> None:
+        """Nothing of guest memory is kept here."""
+
+    def should_interrupt(self) -> bool:
+        return False
+
+    async def run(self) -> None:
+        queue = self.queue
+        while self._backlog:
+            frame = self._backlog[0]
+            chains = await self._gather(len(frame))
+            if chains is None:
+                return
+            self._backlog.popleft()
+            self._backlog_bytes -= len(frame)
+            if sum(total(chain.writable) for chain in chains) < len(frame):
+                queue.give_back(len(chains))
+                self.too_long += 1
+            else:
+                await self._fill(chains, frame)
+            self._room()
+
+    async def _gather(self, size: int) -> list[SlowChain] | None:
+        """Chains for a frame of `size` bytes, or None, and kicks on, if there are too few."""
+        chains: list[SlowChain] = []
+        room = 0
+        while room < size and (self._mergeable or not chains) and len(chains) < self.queue.size:
+            chain = await self.queue.take()
+            if chain is not None:
+                chains.append(chain)
+                room += total(chain.writable)
+            elif await self.queue.enable_kicks():
+                self.queue.give_back(len(chains))
+                return None
+        return chains
+
+    async def _fill(self, chains: list[SlowChain], frame: bytes) -> None:
+        data = bytearray(frame)
+        data[_NUM_BUFFERS] = len(chains).to_bytes(2, "little")
+        rest = bytes(data)
+        for chain in chains:
+            written = await self.queue.write(chain.writable, rest)
+            await self.queue.put(chain.head, written)
+            rest = rest[written:]
+        await self.queue.publish()
+
+    def _has_room(self, size: int) -> bool:
+        return len(self._backlog) < BACKLOG_FRAMES and self._backlog_bytes + size <= BACKLOG_BYTES
+
+    def _append(self, frame: bytes) -> None:
+        self._backlog.append(frame)
+        self._backlog_bytes += len(frame)
+        self._wake()
+
+
+class SlowTransmitter:
+    """Sending by copies; `send(frame, size)` is the switch's answer to each frame."""
+
+    def __init__(
+        self,
+        queue: SlowQueue,
+        headers: Headers,
+        send: Callable[[Sequence[Buffer], int], bool],
+    ) -> None:
+        self.queue = queue
+        self._headers = headers
+        self._send = send
+        self.invalid = 0
+
+    async def run(self) -> None:
+        queue = self.queue
+        await queue.disable_kicks()
+        while True:
+            chain = await queue.take()
+            if chain is None:
+                if await queue.enable_kicks():
+                    return
+                continue
+            if not await self._transmit(chain.readable):
+                queue.give_back()
+                return
+            await queue.put(chain.head, 0)
+            await queue.publish()
+
+    async def _transmit(self, pieces: list[Piece]) -> bool:
+        """Whether the frame in `pieces` is gone, be it sent or dropped."""
+        if total(pieces) <= LARGEST:
+            data = await self.queue.read(pieces, LARGEST)
+            frame, size = gather_head([memoryview(data)])
+            if frame is not None:
+                head = self._headers.allowed_untrusted(bytes(frame[0]))
+                if head is not None:
+                    return self._send((head, *frame[1:]), size)
+        self.invalid += 1
+        return True
+
+
+class SlowControl:
+    """Control commands by copies; `execute(command)` gives the answer."""
+
+    def __init__(self, queue: SlowQueue, execute: Callable[[bytes], bytes]) -> None:
+        self.queue = queue
+        self._execute = execute
+
+    async def run(self) -> None:
+        queue = self.queue
+        while True:
+            chain = await queue.take()
+            if chain is None:
+                if await queue.enable_kicks():
+                    return
+                continue
+            command = await queue.read(chain.readable, limits.MAX_CONTROL_SIZE)
+            written = await queue.write(chain.writable, self._execute(command))
+            await queue.put(chain.head, written)
+            await queue.publish()
+
+
+class SlowService:
+    """The slow queues of one member, by queue index."""
+
+    def __init__(
+        self,
+        interrupt: Callable[[int], None],
+        sent: Callable[[], None],
+        failed: Callable[[DriverError], None],
+    ) -> None:
+        self._interrupt = interrupt
+        self._sent = sent
+        self._failed = failed
+        self._workers: dict[int, SlowWorker] = {}
+        self._kicked: set[int] = set()
+        self._wake = trio.Event()
+
+    def add(self, index: int, worker: SlowWorker) -> None:
+        """Serve a queue from now on."""
+        self._workers[index] = worker
+        self.kick(index)
+
+    def kick(self, index: int) -> None:
+        """There may be something to do for queue `index`."""
+        self._kicked.add(index)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Forget all queues; an access that is under way ends with nothing written after it."""
+        for worker in self._workers.values():
+            worker.queue.stop()
+        self._workers.clear()
+        self._kicked.clear()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._kicked:
+                index = min(self._kicked)
+                self._kicked.discard(index)
+                worker = self._workers.get(index)
+                if worker is not None:
+                    await self._serve(index, worker)
+                await trio.lowlevel.checkpoint()
+
+    async def _serve(self, index: int, worker: SlowWorker) -> None:
+        try:
+            await worker.run()
+            wanted = await worker.queue.should_interrupt()
+        except QueueStopped:
+            return
+        except DriverError as error:
+            self._failed(error)
+        except (RemoteError, ConnectionLost) as error:
+            self._failed(DriverError(f"guest memory without an fd could not be reached: {error}"))
+        else:
+            if wanted:
+                self._interrupt(index)
+            self._sent()
