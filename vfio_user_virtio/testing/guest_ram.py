@@ -3,7 +3,8 @@
 Why: what a device does to guest memory can be watched, and spoilt, from the test's own process.
 The memfd carries the seals that QEMU's memory-backend-memfd,share=on puts on its own.  It is given
 to the device by DMA_MAP, whole or page by page (as behind a vIOMMU), with its fd or without (then
-the device reaches it by DMA_READ and DMA_WRITE, which `dma_read` and `dma_write` serve).
+the device reaches it by DMA_READ and DMA_WRITE, which `read` and `write` serve: it is the
+`ServedMemory` of a `vfio_user_virtio.transport.client.Client`).
 
 Addresses are IOVAs; here one address space serves the guest and its devices.
 """
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 
 from vfio_user_virtio.device import DmaAccess, DmaMapping
-from vfio_user_virtio.errors import ClientError
 from vfio_user_virtio.limits import MIB, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -156,16 +156,16 @@ class GuestRam:
         """Take all of it back from the device, in one DMA_UNMAP."""
         await client.dma_unmap(self.iova, self.size)
 
-    async def dma_read(self, iova: int, count: int) -> bytes:
-        """Serve DMA_READ.  Raises ClientError ENODEV outside, which is what QEMU answers."""
-        return bytes(self._remote(iova, count))
+    def read(self, address: int, count: int) -> bytes:
+        """Serve DMA_READ.  Raises OSError ENODEV outside, which is what QEMU answers."""
+        return bytes(self._served(address, count))
 
-    async def dma_write(self, iova: int, data: bytes) -> None:
-        """Serve DMA_WRITE; errors as `dma_read`."""
-        self._remote(iova, len(data))[:] = data
+    def write(self, address: int, data: bytes) -> None:
+        """Serve DMA_WRITE; errors as `read`."""
+        self._served(address, len(data))[:] = data
 
-    def _remote(self, iova: int, count: int) -> memoryview:
+    def _served(self, address: int, count: int) -> memoryview:
         try:
-            return self.view(iova, count)
+            return self.view(address, count)
         except ValueError as error:
-            raise ClientError(errno.ENODEV, str(error)) from error
+            raise OSError(errno.ENODEV, str(error)) from error
