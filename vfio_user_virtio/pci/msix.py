@@ -15,8 +15,9 @@ Hence the rules:
   our table would silence every guest under QEMU;
 * a vector without an eventfd is what a masked vector is on hardware (it is what the kernel's VFIO
   does to the hardware then), so firing sets its pending bit, and giving it an eventfd delivers;
-* switching the index off forgets what was pending, and so does a reset: whoever switches MSI-X on
-  anew starts with a fresh ring and would get interrupts of the old one;
+* a reset forgets what was pending.  Switching the index off does not: some clients do so only to
+  switch it on again with more vectors, and where a spurious interrupt costs a look at the ring, a
+  lost one stalls it;
 * the table is storage, for a client that does forward writes and for migration; the pending bits
   are read-only to the client, as PCI has it.
 

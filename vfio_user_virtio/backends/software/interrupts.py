@@ -62,14 +62,14 @@ class Interrupts:
 
     def __init__(self, vectors: int) -> None:
         self.pending: Final = PendingBits(vectors)
-        self._info: Final = {
+        self._info: Final[dict[int, IrqInfo]] = {
             VfioIrq.INTX: IrqInfo(1, IrqFlags.EVENTFD | IrqFlags.MASKABLE | IrqFlags.AUTOMASKED),
             VfioIrq.MSI: _ABSENT,
             VfioIrq.MSIX: IrqInfo(vectors, IrqFlags.EVENTFD),
             VfioIrq.ERR: IrqInfo(1, IrqFlags.EVENTFD),
             VfioIrq.REQ: IrqInfo(1, IrqFlags.EVENTFD),
         }
-        self._eventfds: Final = {
+        self._eventfds: Final[dict[int, list[int]]] = {
             index: [_NOT_ARMED] * info.count for index, info in self._info.items()
         }
         self._vectors = self._eventfds[VfioIrq.MSIX]
@@ -83,10 +83,7 @@ class Interrupts:
 
     def info(self, index: int) -> IrqInfo:
         """The interrupt `index`; count 0 for one that is absent."""
-        try:
-            return self._info[VfioIrq(index)]
-        except ValueError:
-            return _ABSENT
+        return self._info.get(index, _ABSENT)
 
     def trigger(self, vector: int) -> None:
         """Fire an MSI-X vector; one that is not there, such as NO_VECTOR, is ignored."""
@@ -124,7 +121,7 @@ class Interrupts:
         """
         eventfds = request.eventfds or ()
         try:
-            index = self._check_untrusted(request)
+            self._check_untrusted(request)
             for eventfd in eventfds:
                 check_eventfd_untrusted(eventfd)
         except ClientError:
@@ -132,7 +129,7 @@ class Interrupts:
                 os.close(eventfd)
             raise
         if request.action is IrqAction.TRIGGER:
-            self._set_trigger(index, request)
+            self._set_trigger(request)
         elif list(_selected(request)):
             self._intx_masked = request.action is IrqAction.MASK
             self._deliver_intx()
@@ -151,9 +148,10 @@ class Interrupts:
     def statistics(self) -> InterruptStatistics:
         return InterruptStatistics(self._signalled, self._pended)
 
-    def _check_untrusted(self, request: IrqRequest) -> VfioIrq:
+    def _check_untrusted(self, request: IrqRequest) -> None:
         info = self.info(request.index)
-        if not 0 <= request.start <= request.start + request.count <= info.count or not info.count:
+        known = request.index in self._info
+        if not known or not 0 <= request.start <= request.start + request.count <= info.count:
             raise ClientError(
                 errno.EINVAL,
                 f"SET_IRQS of {request.count} interrupts from {request.start} of index"
@@ -174,9 +172,9 @@ class Interrupts:
                     errno.EINVAL,
                     f"SET_IRQS of {request.count} interrupts came with {len(items)} {name}",
                 )
-        return VfioIrq(request.index)
 
-    def _set_trigger(self, index: VfioIrq, request: IrqRequest) -> None:
+    def _set_trigger(self, request: IrqRequest) -> None:
+        index = request.index
         if request.eventfds:
             for subindex, eventfd in enumerate(request.eventfds, request.start):
                 self._arm(index, subindex, eventfd)
@@ -184,29 +182,27 @@ class Interrupts:
             self._disarm(index, request.start, request.count)
         elif request.bools is None and not request.count:
             self._disarm(index, 0, self._info[index].count)
-            if index is VfioIrq.MSIX:
-                self.pending.clear()
         else:
             for subindex in _selected(request):
                 self._tell(self._eventfds[index][subindex])
 
-    def _arm(self, index: VfioIrq, subindex: int, eventfd: int) -> None:
+    def _arm(self, index: int, subindex: int, eventfd: int) -> None:
         armed = self._eventfds[index]
         old, armed[subindex] = armed[subindex], eventfd
         if old != _NOT_ARMED:
             os.close(old)
-        if index is VfioIrq.INTX:
+        if index == VfioIrq.INTX:
             self._deliver_intx()
-        elif index is VfioIrq.MSIX and self.pending.take(subindex):
+        elif index == VfioIrq.MSIX and self.pending.take(subindex):
             self._tell(eventfd)
 
-    def _disarm(self, index: VfioIrq, start: int, count: int) -> None:
+    def _disarm(self, index: int, start: int, count: int) -> None:
         armed = self._eventfds[index]
         for subindex in range(start, start + count):
             eventfd, armed[subindex] = armed[subindex], _NOT_ARMED
             if eventfd != _NOT_ARMED:
                 os.close(eventfd)
-        if index is VfioIrq.INTX and count:
+        if index == VfioIrq.INTX and count:
             self._intx_masked = False
 
     def _deliver_intx(self) -> None:
