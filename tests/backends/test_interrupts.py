@@ -231,8 +231,9 @@ def test_intx_disable(client: Client) -> None:
     client.interrupts.set_intx_disabled(False)
     assert client.told() == [1]
     client.interrupts.set_intx_disabled(True)
-    client.interrupts.reset()
     client.set_irqs(VfioIrq.INTX, 0, 1, UNMASK)
+    client.interrupts.reset()
+    client.interrupts.set_intx_disabled(False)
     assert client.told() == [0]
     client.interrupts.set_intx_level(True)
     assert client.told() == [1]
@@ -452,7 +453,7 @@ def apply(client: Client, model: Model, step: str, argument: object) -> None:
             model.trigger(vector)
         case "reset", None:
             interrupts.reset()
-            model.level = model.disabled = False
+            model.level = False
             model.pending.clear()
         case _:
             raise AssertionError(step)

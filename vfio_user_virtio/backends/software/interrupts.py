@@ -135,9 +135,12 @@ class Interrupts:
             self._deliver_intx()
 
     def reset(self) -> None:
-        """The function is reset: INTx is deasserted, nothing is pending; the eventfds stay."""
+        """The device is reset: INTx is deasserted, nothing is pending.
+
+        The eventfds and the client's masking stay; so does INTx Disable, which a reset of the
+        virtio device alone leaves (after one of the function: `set_intx_disabled`).
+        """
         self._intx_level = False
-        self._intx_disabled = False
         self.pending.clear()
 
     def close(self) -> None:
