@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vfio_user_virtio.device import (
-    U64_END,
     DeviceFlags,
     DeviceInfo,
     DmaMapping,
@@ -31,6 +30,7 @@ from vfio_user_virtio.device import (
     VfioRegion,
 )
 from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -61,7 +61,7 @@ class MemoryDevice:
         self.calls: list[str] = []
         self.writes: list[tuple[int, int, bytes]] = []
         self.irqs: list[IrqRequest] = []
-        self.mappings: dict[int, DmaMapping] = {}
+        self.guest = GuestMemory()
         self.feature_data = b""
         self.stream = bytearray()
         self.failure: BaseException | None = None
@@ -131,22 +131,17 @@ class MemoryDevice:
         self.irqs.append(request)
 
     async def dma_map(self, mapping: DmaMapping) -> None:
-        if mapping.fd is not None:
-            self._session_fds.append(mapping.fd)
-        await self._call("dma_map")
-        end = mapping.iova + mapping.size
-        if any(m.iova < end and mapping.iova < m.iova + m.size for m in self.mappings.values()):
-            raise ClientError(errno.EEXIST, f"IOVA {mapping.iova:#x} is mapped already; unmap it")
-        self.mappings[mapping.iova] = mapping
+        try:
+            await self._call("dma_map")
+        except BaseException:
+            if mapping.fd is not None:
+                os.close(mapping.fd)
+            raise
+        self.guest.map(mapping)
 
     async def dma_unmap(self, iova: int, size: int) -> None:
         await self._call("dma_unmap")
-        inside = [m for m in self.mappings.values() if iova <= m.iova < iova + size]
-        for mapping in inside:
-            if mapping.iova + mapping.size > iova + size:
-                raise ClientError(errno.EINVAL, f"mapping at {mapping.iova:#x} would be split")
-        for mapping in inside:
-            del self.mappings[mapping.iova]
+        self.guest.unmap(iova, size)
 
     async def reset(self, cause: ResetCause) -> None:
         await self._call(f"reset {cause.name}")
@@ -186,4 +181,5 @@ class MemoryDevice:
         self.releases += 1
         while self._session_fds:
             os.close(self._session_fds.pop())
-        await self.dma_unmap(0, U64_END)
+        self.guest.clear()
+        await self._call("release")
