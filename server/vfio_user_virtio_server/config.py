@@ -43,7 +43,7 @@ from vfio_user_virtio.backends.software.config import (
     MemberConfig,
 )
 from vfio_user_virtio.errors import ConfigError, HostError
-from vfio_user_virtio.virtio.features import Feature, feature_names, refusal_untrusted
+from vfio_user_virtio.virtio.features import Feature, feature_names
 from vfio_user_virtio_server import values
 from vfio_user_virtio_server.table import Table
 
@@ -193,8 +193,6 @@ def _member(table: Table, *, member_id: int, owner_name: str, seed: bytes) -> Se
         if str(error).startswith(table.where):
             raise
         raise ConfigError(f"{table.where}: {error}") from None
-    if reason := refusal_untrusted(member.offered, member.offered):
-        raise table.error("features", f"{reason}; switch off both or none")
     served = ServedMember(
         name=name,
         member=member,

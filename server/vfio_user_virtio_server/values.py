@@ -204,6 +204,11 @@ def check_fd(number: int) -> int:
     return number
 
 
+def parse_fd(text: str) -> int:
+    """A passed descriptor, as a decimal number."""
+    return check_fd(parse_number(text))
+
+
 def parse_uplink(text: str) -> UplinkConfig:
     """An uplink: what the switch of an owner is wired to.
 
@@ -217,7 +222,7 @@ def parse_uplink(text: str) -> UplinkConfig:
         case "tap" if colon:
             return TapUplink(parse_interface(rest))
         case "tap-fd" if colon:
-            return TapFdUplink(check_fd(parse_number(rest)))
+            return TapFdUplink(parse_fd(rest))
         case "datagram" if rest.count(",") == 1:
             local, remote = rest.split(",")
             return DatagramUplink(parse_socket_path(local), parse_socket_path(remote))

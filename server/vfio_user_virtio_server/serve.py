@@ -1,0 +1,183 @@
+"""``vfio-user-virtio serve``: which devices to serve, and where their clients connect.
+
+Devices come from a file (``--config``) or are one, described by options.  Sockets come from a path
+that we make (``--socket-path``), a descriptor that was passed (``--fd``), or the service manager
+(neither).  The names ``--socket-path`` and ``--fd`` are those that the vfio-user specification
+asks of a server, which also must not fork into the background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from vfio_user_virtio.backends.software.config import MemberConfig
+from vfio_user_virtio.errors import HostError
+from vfio_user_virtio_server import values
+from vfio_user_virtio_server.config import (
+    NEXT_INHERITED,
+    OwnerConfig,
+    ServedMember,
+    SocketConfig,
+    SocketFd,
+    SocketPath,
+    check,
+    read_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_T = TypeVar("_T")
+
+DEVICE_OPTIONS: Final = (
+    "mac",
+    "mtu",
+    "queue_pairs",
+    "uplink",
+    "pcap",
+    "max_tx_rate",
+    "allow_unsealed_memory",
+    "socket_mode",
+    "socket_group",
+)
+"""Options that describe the one device; with ``--config`` they belong into the file."""
+
+DEVICE_NAME: Final = "device"
+"""What logs call the one device that options describe."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group(
+        "where clients connect", "without any of these, sockets passed by the service manager"
+    )
+    sockets = where.add_mutually_exclusive_group()
+    sockets.add_argument(
+        "--socket-path",
+        metavar="PATH",
+        type=_argument(values.parse_socket_path),
+        help="make a socket there; a stale one is replaced",
+    )
+    sockets.add_argument(
+        "--fd",
+        metavar="N",
+        type=_argument(values.parse_fd),
+        help="a socket that was passed: one that listens, or a connected one",
+    )
+    sockets.add_argument("--config", metavar="FILE", help="a TOML file with several devices")
+    where.add_argument(
+        "--socket-mode",
+        metavar="MODE",
+        type=_argument(values.parse_mode),
+        help="permission bits of the socket in octal (default: by umask)",
+    )
+    where.add_argument(
+        "--socket-group",
+        metavar="GROUP",
+        type=_argument(values.parse_name),
+        help="group of the socket, for example that of QEMU's user",
+    )
+    where.add_argument(
+        "--one-off", action="store_true", help="end when the first session of each device ends"
+    )
+    device = parser.add_argument_group("the device, unless --config describes it")
+    device.add_argument(
+        "--mac",
+        metavar="ADDRESS",
+        type=_argument(values.parse_mac),
+        help="MAC address (default: derived from this host)",
+    )
+    device.add_argument(
+        "--mtu",
+        metavar="BYTES",
+        type=_argument(values.parse_number),
+        help="MTU that the guest is told, 68 to 65535",
+    )
+    device.add_argument(
+        "--queue-pairs",
+        metavar="N",
+        type=_argument(values.parse_number),
+        help="RX/TX queue pairs, 1 to 8 (default: 1)",
+    )
+    device.add_argument(
+        "--uplink",
+        metavar="UPLINK",
+        type=_argument(values.parse_uplink),
+        help=f"{values.UPLINK_FORMS} (default: none)",
+    )
+    device.add_argument(
+        "--pcap",
+        metavar="FILE",
+        type=_argument(values.parse_path),
+        help="capture what the guest sends and gets",
+    )
+    device.add_argument(
+        "--max-tx-rate",
+        metavar="RATE",
+        type=_argument(values.parse_rate),
+        help="the most that the guest may send, such as 500mbit (default: no limit)",
+    )
+    device.add_argument(
+        "--allow-unsealed-memory",
+        action="store_true",
+        default=None,
+        help="trust the client not to shrink the files that back the guest's memory",
+    )
+
+
+def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
+    """The owners that the options describe.  Raises ConfigError, HostError."""
+    if options.config is not None:
+        for name in DEVICE_OPTIONS:
+            if getattr(options, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise _usage(f"{option} does not go with --config; write it into the file")
+        return read_file(options.config)
+    arguments = {} if options.queue_pairs is None else {"queue_pairs": options.queue_pairs}
+    socket = _socket(options)
+    place = socket.path if isinstance(socket, SocketPath) else "passed"
+    member = MemberConfig(
+        mac=options.mac or values.derived_mac(place, seed=values.host_seed()),
+        mtu=options.mtu,
+        max_tx_rate=options.max_tx_rate,
+        allow_unsealed_memory=bool(options.allow_unsealed_memory),
+        **arguments,
+    )
+    served = ServedMember(name=DEVICE_NAME, member=member, socket=socket, pcap=options.pcap)
+    owner = OwnerConfig(name="owner", members=(served,), uplink=options.uplink or values.NO_UPLINK)
+    check((owner,), "options")
+    return (owner,)
+
+
+def run(options: argparse.Namespace) -> int:
+    from vfio_user_virtio_server import daemon
+
+    owners = owners_of(options)
+    return daemon.run(owners, one_off=options.one_off)
+
+
+def _socket(options: argparse.Namespace) -> SocketConfig:
+    if options.socket_path is not None:
+        return SocketPath(options.socket_path, options.socket_mode, options.socket_group)
+    for name in ("socket_mode", "socket_group"):
+        if getattr(options, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise _usage(f"{option} is for a socket made here; add --socket-path")
+    return NEXT_INHERITED if options.fd is None else SocketFd(options.fd)
+
+
+def _usage(message: str) -> HostError:
+    return HostError(message, exit_code=os.EX_USAGE)
+
+
+def _argument(grammar: Callable[[str], _T]) -> Callable[[str], _T]:
+    """`grammar` as argparse wants it: its message is shown only in argparse's own exception."""
+
+    def parse(text: str) -> _T:
+        try:
+            return grammar(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
