@@ -118,7 +118,7 @@ class SlowQueue:
         return chain
 
     def give_back(self, entries: int = 1) -> None:
-        """Un-take the last `entries` chains: they will be taken again."""
+        """Un-take the last `entries` chains, of which none was put: they will be taken again."""
         self.next_avail = (self.next_avail - entries) & 0xFFFF
 
     async def read(self, pieces: list[Piece], limit: int) -> bytes:

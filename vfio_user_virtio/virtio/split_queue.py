@@ -181,7 +181,7 @@ class SplitQueue:
         return chain
 
     def give_back(self, entries: int = 1) -> None:
-        """Un-take the last `entries` chains: they will be taken again."""
+        """Un-take the last `entries` chains, of which none was put: they will be taken again."""
         self.next_avail = (self.next_avail - entries) & 0xFFFF
 
     def _walk(self, head: int, address: int, word: int) -> Chain:
@@ -209,7 +209,8 @@ class SplitQueue:
                 side += self._views_of(address, length, writing)
                 if len(side) > limits.MAX_CHAIN_PIECES:
                     raise DriverError(
-                        f"a chain's buffers lie in more than {limits.MAX_CHAIN_PIECES} pieces"
+                        f"a chain's buffers lie in more than {limits.MAX_CHAIN_PIECES} pieces, "
+                        "or it is a loop"
                     )
                 if not word & _NEXT:
                     return Chain(head, readable, writable)
