@@ -172,13 +172,23 @@ class DriverQueue(Generic[TokenT]):
         """Buffers that were added and have not come back."""
         return len(self._pending)
 
-    def close(self) -> None:
-        """Give the memory back; the device must have been reset, or the queue."""
+    @property
+    def used_waiting(self) -> int:
+        """Buffers that came back and have not been collected."""
+        return (self.ring.used_idx - self._used) & 0xFFFF
+
+    def close(self) -> list[TokenT]:
+        """Give the memory of the ring back; the tokens of all buffers that were outstanding.
+
+        The device must have been reset, or the queue.
+        """
+        tokens = [pending.token for pending in self._pending.values()]
         for pending in self._pending.values():
             if pending.table is not None:
                 self._ram.free(pending.table)
         self._pending.clear()
         self.ring.free()
+        return tokens
 
     # --- to the device -------------------------------------------------------------------------
 

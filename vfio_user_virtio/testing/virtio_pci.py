@@ -152,8 +152,12 @@ class VirtioPci:
         """
         first, virtio = find_capabilities(await client.region_read(VfioRegion.CONFIG, 0, 256))
         pci = cls(client, first, virtio)
-        await pci.config_write(COMMAND, COMMAND_MEMORY | COMMAND_BUS_MASTER, 2)
+        await pci.set_up()
         return pci
+
+    async def set_up(self) -> None:
+        """Turn memory decoding and bus mastering on: at first, and after FLR or D3hot."""
+        await self.config_write(COMMAND, COMMAND_MEMORY | COMMAND_BUS_MASTER, 2)
 
     def structure(self, cfg_type: CfgType) -> VirtioCapability:
         """The first capability of that type.  Raises DeviceBroke if there is none."""
@@ -269,14 +273,13 @@ class VirtioPci:
         await self._until_reset()
 
     async def function_level_reset(self) -> None:
-        """Initiate FLR in the PCI Express capability, then set the function up again.
+        """Initiate FLR in the PCI Express capability, and wait until it is done.
 
-        Interrupts are to be taken anew (`take_msix`, `take_intx`).
+        The function is to be set up anew (`set_up`), and interrupts to be taken.
         """
         control = self.pci_capabilities[CAP_PCI_EXPRESS] + 8
         await self.config_write(control, await self.config_read(control, 2) | INITIATE_FLR, 2)
         await self._until_reset()
-        await self.config_write(COMMAND, COMMAND_MEMORY | COMMAND_BUS_MASTER, 2)
 
     async def set_power_state(self, state: int) -> None:
         """Move the function to D0 (0) or D3hot (3) by its PMCSR."""

@@ -1,0 +1,92 @@
+"""Members of one owner, each with a session, a client and a guest of its own, in one event loop."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from vfio_user_virtio.backends.software.config import MemberConfig
+from vfio_user_virtio.backends.software.owner import Owner
+from vfio_user_virtio.testing.guest_ram import GuestRam
+from vfio_user_virtio.testing.loopback import served
+from vfio_user_virtio.testing.net_driver import NetDriver
+from vfio_user_virtio.testing.virtio_pci import VirtioPci
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from vfio_user_virtio.backends.software.member import Member
+    from vfio_user_virtio.testing.net_driver import ReceivedFrame
+    from vfio_user_virtio.transport.client import Client
+
+MAC_A = bytes.fromhex("020000000001")
+MAC_B = bytes.fromhex("020000000002")
+MAC_C = bytes.fromhex("020000000003")
+BROADCAST = b"\xff" * 6
+ETHERTYPE = b"\x88\xb5"  # for local experiments (IEEE 802)
+LONG = 5.0
+"""Seconds after which something that should have happened has not; virtual with autojump_clock."""
+
+
+@attrs.frozen
+class Guest:
+    """One member and all that is on the other side of it."""
+
+    member: Member
+    client: Client
+    ram: GuestRam
+    pci: VirtioPci
+
+    def driver(self, **options: object) -> NetDriver:
+        return NetDriver(self.pci, self.ram, **options)  # type: ignore[arg-type]  # passed through
+
+
+def configs(*macs: bytes, **options: object) -> list[MemberConfig]:
+    return [
+        MemberConfig(member_id=number, mac=mac, **options)  # type: ignore[arg-type]  # as above
+        for number, mac in enumerate(macs, 1)
+    ]
+
+
+@contextlib.asynccontextmanager
+async def guests(
+    *members: MemberConfig, remote: bool = False, step: int | None = None, ram_size: int = 32 << 20
+) -> AsyncIterator[Sequence[Guest]]:
+    """Guests on the members of one owner; their memory comes as `GuestRam.map` is told."""
+    owner = Owner("owner")
+    async with contextlib.AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        nursery.start_soon(owner.run)
+        found: list[Guest] = []
+        for config in members:
+            member = owner.add_member(config)
+            ram = stack.enter_context(GuestRam(ram_size))
+            client = await stack.enter_async_context(served(member, memory=ram))
+            await ram.map(client, remote=remote, step=step)
+            pci = await VirtioPci.open(client)
+            stack.callback(pci.close)
+            found.append(Guest(member, client, ram, pci))
+        yield found
+
+
+def frame(to: bytes, sender: bytes, payload: bytes = b"", *, size: int = 60) -> bytes:
+    """An Ethernet frame of at least `size` bytes."""
+    return (to + sender + ETHERTYPE + payload).ljust(size, b"\0")
+
+
+async def receive(driver: NetDriver, pair: int = 0) -> ReceivedFrame:
+    """The next frame; fails if none comes."""
+    with trio.fail_after(LONG):
+        return await driver.receive(pair)
+
+
+async def nothing_comes(driver: NetDriver, pair: int = 0) -> bool:
+    """Whether no frame comes within a while."""
+    with trio.move_on_after(0.05):
+        await driver.receive(pair)
+        return False
+    return True
