@@ -53,17 +53,11 @@ class ForwardingTable(Generic[Place]):
         if entry is not None and entry.place is place:
             entry.seen = now
             return
-        if not self._has_room(place, entry is not None, now):
-            if entry is not None:
-                self._forget(key, entry)  # wherever it is, it is not there any more
-            return
         if entry is not None:
-            self._drop_count(entry.place)
-            entry.place = place
-            entry.seen = now
-        else:
+            self._forget(key, entry)  # wherever it is, it is not there any more
+        if self._has_room(place, now):
             self._entries[key] = _Entry(place, now)
-        self._counts[place] = self._counts.get(place, 0) + 1
+            self._counts[place] = self._counts.get(place, 0) + 1
 
     def look_up(self, vlan: int, address: bytes, now: float) -> Place | None:
         """Where `address` is, or None if nobody knows."""
@@ -83,15 +77,19 @@ class ForwardingTable(Generic[Place]):
         self._entries.clear()
         self._counts.clear()
 
-    def _has_room(self, place: Place, moves: bool, now: float) -> bool:
-        for _ in range(2):
-            table_full = not moves and len(self._entries) >= self._max_entries
-            if not table_full and self._counts.get(place, 0) < self._max_per_place:
-                return True
-            if now < self._next_sweep:
-                return False
-            self._sweep(now)
-        return False
+    def _has_room(self, place: Place, now: float) -> bool:
+        if self._fits(place):
+            return True
+        if now < self._next_sweep:
+            return False
+        self._sweep(now)
+        return self._fits(place)
+
+    def _fits(self, place: Place) -> bool:
+        return (
+            len(self._entries) < self._max_entries
+            and self._counts.get(place, 0) < self._max_per_place
+        )
 
     def _sweep(self, now: float) -> None:
         for key, entry in list(self._entries.items()):
@@ -101,11 +99,4 @@ class ForwardingTable(Generic[Place]):
 
     def _forget(self, key: tuple[int, bytes], entry: _Entry[Place]) -> None:
         del self._entries[key]
-        self._drop_count(entry.place)
-
-    def _drop_count(self, place: Place) -> None:
-        left = self._counts[place] - 1
-        if left:
-            self._counts[place] = left
-        else:
-            del self._counts[place]
+        self._counts[entry.place] -= 1
