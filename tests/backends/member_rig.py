@@ -11,12 +11,12 @@ import trio
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.testing.guest_ram import GuestRam
-from vfio_user_virtio.testing.loopback import served
+from vfio_user_virtio.testing.loopback import served, ungrouped_nursery
 from vfio_user_virtio.testing.net_driver import NetDriver
 from vfio_user_virtio.testing.virtio_pci import VirtioPci
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from vfio_user_virtio.backends.software.member import Member
     from vfio_user_virtio.testing.net_driver import ReceivedFrame
@@ -57,9 +57,7 @@ async def guests(
 ) -> AsyncIterator[Sequence[Guest]]:
     """Guests on the members of one owner; their memory comes as `GuestRam.map` is told."""
     owner = Owner("owner")
-    async with contextlib.AsyncExitStack() as stack:
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.callback(nursery.cancel_scope.cancel)
+    async with ungrouped_nursery() as nursery, contextlib.AsyncExitStack() as stack:
         nursery.start_soon(owner.run)
         found: list[Guest] = []
         for config in members:
@@ -71,6 +69,7 @@ async def guests(
             stack.callback(pci.close)
             found.append(Guest(member, client, ram, pci))
         yield found
+        nursery.cancel_scope.cancel()
 
 
 def frame(to: bytes, sender: bytes, payload: bytes = b"", *, size: int = 60) -> bytes:
@@ -82,6 +81,28 @@ async def receive(driver: NetDriver, pair: int = 0) -> ReceivedFrame:
     """The next frame; fails if none comes."""
     with trio.fail_after(LONG):
         return await driver.receive(pair)
+
+
+async def receive_on_any(driver: NetDriver) -> list[ReceivedFrame]:
+    """The next frame, and what else is there with it, whichever pairs they come to."""
+    found: list[ReceivedFrame] = []
+
+    async def one(pair: int, scope: trio.CancelScope) -> None:
+        found.append(await driver.receive(pair))
+        scope.cancel()
+
+    with trio.fail_after(LONG):
+        async with trio.open_nursery() as nursery:
+            for pair in range(driver.pairs):
+                nursery.start_soon(one, pair, nursery.cancel_scope)
+    return found
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something in memory to happen, which nothing signals; fails if it does not."""
+    with trio.fail_after(LONG):
+        while not condition():  # noqa: ASYNC110 - there is no event for it
+            await trio.sleep(0.001)
 
 
 async def nothing_comes(driver: NetDriver, pair: int = 0) -> bool:

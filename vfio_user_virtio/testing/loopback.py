@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 
 @contextlib.asynccontextmanager
+async def ungrouped_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery that an exception of the block leaves as it is, in no group."""
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except Exception as error:  # raised again below
+            failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+@contextlib.asynccontextmanager
 async def served(
     device: Device,
     *,
@@ -32,7 +46,7 @@ async def served(
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     session = Session(theirs, device, name=name)
-    async with trio.open_nursery() as nursery:
+    async with ungrouped_nursery() as nursery:
         nursery.start_soon(session.run)
         async with connect_socket(ours, capabilities=capabilities, memory=memory) as client:
             yield client

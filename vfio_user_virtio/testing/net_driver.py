@@ -211,6 +211,10 @@ class NetDriver:
         """The queue of that number: RX of pair n is 2n, TX 2n + 1."""
         return self._ports[index].queue
 
+    def interrupt(self, index: int) -> Interrupt:
+        """The interrupt of queue `index`."""
+        return self._ports[index].interrupt
+
     @property
     def control_index(self) -> int:
         """The number of the control queue, which depends on MQ being negotiated."""
