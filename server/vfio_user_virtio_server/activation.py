@@ -20,7 +20,7 @@ from vfio_user_virtio.errors import ConfigError, HostError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_user_virtio_server.config import InheritedSocket, SocketFd
+    from vfio_user_virtio_server.config import InheritedSocket
 
 FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START."""
@@ -105,15 +105,16 @@ class Adopted:
     listening: bool
 
 
-def adopt(fd: SocketFd) -> Adopted:
+def adopt(fd: int, how: str) -> Adopted:
     """Make a socket of a passed descriptor: non-blocking, close-on-exec, stream, local.
 
-    It is ours from now on: closing it closes the descriptor.  Raises HostError.
+    It is ours from now on: closing it closes the descriptor.  `how` it was passed is for messages.
+    Raises HostError.
     """
     try:
-        sock = socket.socket(fileno=fd.fd)
+        sock = socket.socket(fileno=fd)
     except OSError as error:
-        raise _not_passed(fd.fd, error, "--fd") from None
+        raise _not_passed(fd, error, how) from None
     try:
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         _check_kind(sock, listening=listening)

@@ -52,15 +52,21 @@ class PathListener:
     inode: int
 
     def close(self) -> None:
-        """Unlink the path if it still leads to this socket, then close.
+        """Unlink, then close.  Idempotent."""
+        self.unlink()
+        self.sock.close()
 
-        In this order: while the socket is open its inode cannot be given to another file.
+    def unlink(self) -> None:
+        """Remove the path if it still leads to this socket; clients find nobody from now on.
+
+        Only while the socket is open: after that its inode might belong to another file.
         """
+        if self.sock.fileno() < 0:
+            return
         with contextlib.suppress(OSError):
             status = os.lstat(self.path)
             if (status.st_dev, status.st_ino) == (self.device, self.inode):
                 os.unlink(self.path)
-        self.sock.close()
 
 
 def listen_at(wanted: SocketPath) -> PathListener:

@@ -1,0 +1,196 @@
+"""The daemon: devices on one side, sockets on the other, signals and the service manager around.
+
+Three rings of tasks.  The innermost has one task per device, which serves one client after the
+other; around it run the owners, whose switches must outlive every session; the outermost waits for
+a signal.  They end from the inside: on SIGTERM or SIGINT the paths of our sockets go first, so that
+nobody connects to a server that is about to end, then sessions end in order, then owners.
+
+A session's failure stays in its session (`Session.run`).  An uplink that fails for good at start is
+a HostError and ends the daemon; later it is that uplink's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.transport.listener import serve_connected, serve_listener
+from vfio_user_virtio_server import activation, sockets
+from vfio_user_virtio_server.assembly import assemble
+from vfio_user_virtio_server.config import InheritedSocket, SocketFd, SocketPath
+from vfio_user_virtio_server.notify import ServiceManager
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator, Sequence
+
+    from vfio_user_virtio.backends.software.owner import Owner
+    from vfio_user_virtio.device import Device
+    from vfio_user_virtio_server.config import OwnerConfig, ServedMember
+
+_log: Final = logging.getLogger(__name__)
+
+_START_CHECKPOINTS: Final = 5
+"""Turns of the scheduler in which what owners do first has been done, such as binding uplinks."""
+
+
+@attrs.frozen
+class _Door:
+    """Where the clients of a device come in; `listener` is ours to unlink, if not None."""
+
+    sock: socket.socket
+    listening: bool
+    listener: sockets.PathListener | None = None
+
+    def close(self) -> None:
+        if self.listener is None:
+            self.sock.close()
+        else:
+            self.listener.close()
+
+
+def run(owners: Sequence[OwnerConfig], *, one_off: bool) -> int:
+    """Serve until a signal comes, or until no client can come any more; the exit code.
+
+    Raises HostError, ConfigError when it cannot start.
+    """
+    passed = activation.take_inherited()
+    manager = ServiceManager()
+    _allow_many_descriptors()
+    trio.run(_main, owners, passed, manager, one_off)
+    return os.EX_OK
+
+
+async def _main(
+    configs: Sequence[OwnerConfig],
+    passed: Sequence[activation.Inherited],
+    manager: ServiceManager,
+    one_off: bool,
+) -> None:
+    with contextlib.ExitStack() as closers:
+        signals = closers.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        members = [served for config in configs for served in config.members]
+        doors = _open_doors(members, passed, closers)
+        owners = [assemble(config, closers) for config in configs]
+        devices = [member for owner in owners for member in owner.members.values()]
+        try:
+            async with trio.open_nursery() as outer:
+                for owner in owners:
+                    outer.start_soon(owner.run)
+                async with trio.open_nursery() as clients:
+                    outer.start_soon(_stop_on_signal, signals, clients, doors, manager)
+                    for served, device, door in zip(members, devices, doors, strict=True):
+                        clients.start_soon(_serve_device, served.name, device, door, one_off)
+                    for _ in range(_START_CHECKPOINTS):
+                        await trio.lowlevel.checkpoint()
+                    manager.ready()
+                    manager.status(_summary(owners))
+                    _log.info("ready: %s", _summary(owners))
+                outer.cancel_scope.cancel()
+        except* HostError as failures:
+            failure = _first(failures)
+        else:
+            return
+        raise failure
+
+
+async def _stop_on_signal(
+    signals: AsyncIterator[int],
+    clients: trio.Nursery,
+    doors: Sequence[_Door],
+    manager: ServiceManager,
+) -> None:
+    async for number in signals:
+        _log.info("%s: ending", signal.Signals(number).name)
+        manager.stopping()
+        for door in doors:
+            if door.listener is not None:
+                door.listener.unlink()
+        clients.cancel_scope.cancel()
+
+
+async def _serve_device(name: str, device: Device, door: _Door, one_off: bool) -> None:
+    """Serve the clients of one device.  Returns when there can be no other."""
+    if not door.listening:
+        await serve_connected(door.sock, device, name=name)
+    elif one_off:
+        sock = await _accept_one(door)
+        await serve_connected(sock, device, name=name)
+    else:
+        await serve_listener(door.sock, device, name=name)
+
+
+async def _accept_one(door: _Door) -> socket.socket:
+    """The first client; whoever comes later finds nobody."""
+    while True:
+        await trio.lowlevel.wait_readable(door.sock)
+        try:
+            sock, _ = door.sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        door.close()
+        return sock
+
+
+def _open_doors(
+    members: Sequence[ServedMember],
+    passed: Sequence[activation.Inherited],
+    closers: contextlib.ExitStack,
+) -> list[_Door]:
+    """A door for each member, in their order.  Raises HostError, ConfigError."""
+    wanted = {
+        served.name: served.socket
+        for served in members
+        if isinstance(served.socket, InheritedSocket)
+    }
+    numbers = activation.assign(list(wanted.values()), passed, list(wanted))
+    inherited = dict(zip(wanted, numbers, strict=True))
+    doors = []
+    for served in members:
+        match served.socket:
+            case SocketPath() as place:
+                listener = sockets.listen_at(place)
+                door = _Door(listener.sock, True, listener)
+                where = sockets.describe_access(place.path)
+            case SocketFd(fd):
+                door, where = _adopted(fd, "--fd")
+            case InheritedSocket():
+                door, where = _adopted(inherited[served.name], "LISTEN_FDS")
+        closers.callback(door.close)
+        doors.append(door)
+        mac = served.member.mac.hex(":")
+        _log.info("%s: MAC address %s, clients come by %s", served.name, mac, where)
+    return doors
+
+
+def _adopted(fd: int, how: str) -> tuple[_Door, str]:
+    adopted = activation.adopt(fd, how)
+    kind = "listening" if adopted.listening else "connected"
+    return _Door(adopted.sock, adopted.listening), f"descriptor {fd} ({kind})"
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit to the hard one: every session brings eventfds and memory."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _summary(owners: Sequence[Owner]) -> str:
+    devices = sum(len(owner.members) for owner in owners)
+    return f"serving devices: {devices}, owners: {len(owners)}"
+
+
+def _first(group: BaseExceptionGroup[HostError]) -> HostError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, HostError)
+    return error
