@@ -339,6 +339,7 @@ async def test_an_eventfd_may_be_exchanged_and_taken_away() -> None:
         await db.start()
         for _ in range(3):
             await b.client.set_irqs(IrqRequest(VfioIrq.MSIX, 1, 1, IrqAction.TRIGGER, eventfds=()))
+            db.queue(0).enable_interrupts()
             await da.send(frame(MAC_B, MAC_A))
             await until(db.received)
             assert not db.interrupt(0).poll()
