@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfio_user_virtio.errors import ConnectionLost
@@ -233,6 +233,7 @@ def test_whole_and_split_give_the_same(stream: list[bytes], bad: bytes, cuts: li
     assert collect([data[i : i + 1] for i in range(len(data))]) == whole
 
 
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=8), st.data())
 def test_every_message_gets_its_own_fds(plan: list[tuple[int, int]], draw: st.DataObject) -> None:
     """Reads as Linux makes them: fds come with a message's first byte, and end the read."""

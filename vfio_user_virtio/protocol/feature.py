@@ -40,7 +40,7 @@ assert DEVICE_FEATURE.size == DEVICE_FEATURE_SIZE
 
 FEATURE_MASK: Final = 0xFFFF
 
-_OPERATIONS: Final = FeatureOperation.GET | FeatureOperation.SET | FeatureOperation.PROBE
+_OPERATIONS: Final = int(FeatureOperation.GET | FeatureOperation.SET | FeatureOperation.PROBE)
 _EXCLUSIVE: Final = FeatureOperation.GET | FeatureOperation.SET
 _NAME: Final = "DEVICE_FEATURE"
 

@@ -57,6 +57,7 @@ assert (SPARSE_MMAP.size, SPARSE_AREA.size) == (8, 16)
 CAP_SPARSE_MMAP: Final = 1
 CAP_TYPE: Final = 2
 
+_CAPS: Final = int(RegionFlags.CAPS)
 _NAME: Final = "DEVICE_GET_REGION_INFO"
 
 
@@ -110,10 +111,10 @@ def encode_region_info_reply(
     chain = _encode_chain(info, capabilities)
     needed = REGION_INFO_SIZE + len(chain)
     complete = needed <= request.argsz
-    flags = info.flags & ~RegionFlags.CAPS
+    flags = int(info.flags) & ~_CAPS
     cap_offset = 0
     if complete and chain:
-        flags |= RegionFlags.CAPS
+        flags |= _CAPS
         cap_offset = REGION_INFO_SIZE
     payload = REGION_INFO.pack(needed, flags, request.index, cap_offset, info.size, info.fd_offset)
     if not complete:
@@ -132,14 +133,13 @@ def decode_region_info_reply_untrusted(payload: Buffer) -> RegionInfoReply:
         )
     areas: list[SparseArea] = []
     others: list[RegionCapability] = []
-    if flags & RegionFlags.CAPS:
+    if flags & _CAPS:
         for capability in _decode_chain(payload, cap_offset):
             if capability.id == CAP_SPARSE_MMAP:
                 areas += _decode_areas(capability.data)
             else:
                 others.append(capability)
-    clean = RegionFlags(flags) & ~RegionFlags.CAPS
-    info = RegionInfo(size, clean, fd_offset=offset, areas=tuple(areas))
+    info = RegionInfo(size, RegionFlags(flags & ~_CAPS), fd_offset=offset, areas=tuple(areas))
     return RegionInfoReply(argsz, index, info, tuple(others))
 
 
