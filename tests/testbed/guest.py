@@ -40,7 +40,9 @@ GRACE_SECONDS: Final = 10
 MAX_COMMAND: Final = 4000
 """Bytes of a request: the guest's serial line discipline holds 4096."""
 
-KERNEL_COMPLAINTS: Final = re.compile(r"BUG|WARNING|Oops|Call Trace|NETDEV WATCHDOG|hung task")
+KERNEL_COMPLAINTS: Final = re.compile(
+    r"BUG|WARNING|Oops|Call Trace|NETDEV WATCHDOG|nobody cared|blocked for"
+)
 
 
 class GuestFailed(Exception):

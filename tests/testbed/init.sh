@@ -39,13 +39,22 @@ reply() {
     done
 }
 
+# A shell whose `read` is interrupted by the end of a child starts again without what it had read.
+# So lines are read by a shell without children, and passed on by a FIFO, where a line is whole.
+relay() {
+    while read -r line; do
+        echo "$line"
+    done
+}
+
 exec 3<>/dev/ttyS1
 stty raw -echo <&3
-mkfifo /run/replies
-exec 4<>/run/replies
+mkfifo /run/requests /run/replies
+exec 4<>/run/replies 5<>/run/requests
+relay <&3 >&5 &
 reply <&4 >&3 &
 echo hello >&3
-while read -r id seconds script <&3; do
+while read -r id seconds script <&5; do
     serve "$id" "$seconds" "$script" &
 done
 poweroff -f

@@ -30,6 +30,8 @@ if kind == "tap":
     file = open("/dev/net/tun", "r+b", buffering=0)
     fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", name.encode(),
         IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+elif kind == "listen":
+    file = socket.create_server(("", int(name)))
 else:
     ETH_P_ALL = 0x0003
     file = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
@@ -37,7 +39,7 @@ else:
 channel = socket.socket(fileno=0)
 socket.send_fds(channel, [b"x"], [file.fileno()])
 """
-"""Opens a TAP device or a packet socket inside the namespace and hands its descriptor out."""
+"""Opens a TAP device or a socket inside the namespace and hands its descriptor out."""
 
 
 class NoNamespaces(Exception):
@@ -61,22 +63,54 @@ class Netns:
         """The command that runs `argv` inside; its process is `argv`'s own, not a parent of it."""
         return [*self._prefix, *argv]
 
-    async def run(self, *argv: str) -> str:
-        """What a command inside printed; raises `CommandFailed`.
+    def command(self, *argv: str) -> list[str]:
+        """The command that runs a program of the bed, or an applet of its busybox, inside."""
+        name, *arguments = argv
+        applets = ("ping", "sh")
+        run = self._bed.applet(name) if name in applets else self._bed.command(name)
+        return self.wrap([*run, *arguments])
 
-        `ip`, `iperf3` and `ethtool` are the bed's, `ping` is busybox's, others the system's.
-        """
-        if argv[0] in ("ip", "iperf3", "ethtool"):
-            argv = (*self._bed.command(argv[0]), *argv[1:])
-        elif argv[0] == "ping":
-            argv = (*self._bed.applet("ping"), *argv[1:])
+    async def run(self, *argv: str, stdin: bytes = b"") -> str:
+        """What a `command` printed; raises `CommandFailed`."""
         done = await trio.run_process(
-            self.wrap(argv), capture_stdout=True, stderr=subprocess.STDOUT, check=False
+            self.command(*argv),
+            stdin=stdin,
+            capture_stdout=True,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
         output = done.stdout.decode(errors="replace")
         if done.returncode:
             raise CommandFailed(f"`{' '.join(argv)}` failed with {done.returncode}:\n{output}")
         return output
+
+    @asynccontextmanager
+    async def running(self, *argv: str, ready: str) -> AsyncIterator[None]:
+        """A `command` that runs meanwhile and has printed `ready`; killed at the end."""
+        process = await trio.lowlevel.open_process(
+            self.command(*argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        output = b""
+        try:
+            while ready.encode() not in output:
+                data = await process.stdout.receive_some()
+                if not data:
+                    raise CommandFailed(f"`{' '.join(argv)}` ended:\n{output.decode()}")
+                output += data
+            yield
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+    async def disable_ipv6(self) -> None:
+        """No address on devices made from here on, so that the kernel sends nothing of its own."""
+        path = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
+        await self.run("sh", "-c", f"echo 1 >{path}")
 
     async def add_tap(self, name: str, address: str = "", mtu: int = 1500) -> None:
         """A TAP device with vnet_hdr that stays without anybody attached, up, with an address."""
@@ -92,6 +126,11 @@ class Netns:
     async def open_packet_socket(self, name: str) -> socket.socket:
         """An AF_PACKET socket bound to the device: all frames, from the Ethernet header on."""
         return socket.socket(fileno=await self._open("packet", name))
+
+    async def listen(self, port: int) -> trio.SocketListener:
+        """A TCP listener on all addresses of the namespace, for use from outside."""
+        sock = socket.socket(fileno=await self._open("listen", str(port)))
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     async def _open(self, kind: str, name: str) -> int:
         ours, theirs = socket.socketpair()
