@@ -13,7 +13,6 @@ from __future__ import annotations
 import enum
 import logging
 import os
-import re
 import sys
 from typing import Final
 
@@ -23,8 +22,6 @@ LEVELS: Final = {
     "info": logging.INFO,
     "debug": logging.DEBUG,
 }
-
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class LogFormat(enum.Enum):
@@ -52,8 +49,12 @@ def set_up(level: str, log_format: LogFormat | None) -> None:
 
 
 def escape(text: str) -> str:
-    """`text` with control characters, line ends and lone surrogates written as escapes."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """`text` with all that is not printable (line ends, controls, surrogates) as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class TextFormatter(logging.Formatter):
