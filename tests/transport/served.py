@@ -105,10 +105,14 @@ async def client_of(
 class RawClient:
     """Says what it is told to, however wrong, and hears what comes back."""
 
-    def __init__(self, one: Served) -> None:
+    def __init__(self, one: Served, sock: socket.socket | None = None) -> None:
         self.one = one
-        self.endpoint = Endpoint(one.socket)
+        self.endpoint = Endpoint(sock or one.socket)
         self._heard: list[Frame] = []
+
+    def with_socket(self, fd: int) -> RawClient:
+        """The same at another socket of the same session."""
+        return RawClient(self.one, socket.socket(fileno=fd))
 
     async def say(self, data: bytes, fds: Sequence[int] = ()) -> None:
         await self.endpoint.send(data, fds)

@@ -124,14 +124,14 @@ class Client:
     # --- the device -----------------------------------------------------------------------------
 
     async def device_info(self) -> DeviceInfo:
-        reply = await self._request(Command.DEVICE_GET_INFO, encode_device_info_request())
+        reply = await self._requests.request(Command.DEVICE_GET_INFO, encode_device_info_request())
         return decode_device_info_reply_untrusted(reply)
 
     async def region_info(self, index: int) -> RegionInfo:
         """Region `index`; its fd, if there is one, is the caller's to close."""
         argsz = REGION_INFO_SIZE
         while True:
-            frame = await self._requests.request(
+            frame = await self._requests.request_frame(
                 Command.DEVICE_GET_REGION_INFO, encode_region_info_request(index, argsz)
             )
             with _closing(frame.fds) as fds:
@@ -147,7 +147,7 @@ class Client:
         """The entries of region `index`, and their fds, which are the caller's to close."""
         argsz = REGION_IO_FDS_SIZE
         while True:
-            frame = await self._requests.request(
+            frame = await self._requests.request_frame(
                 Command.DEVICE_GET_REGION_IO_FDS, encode_region_io_fds_request(index, argsz)
             )
             with _closing(frame.fds) as fds:
@@ -159,22 +159,24 @@ class Client:
                 argsz = reply.argsz
 
     async def irq_info(self, index: int) -> IrqInfo:
-        reply = await self._request(Command.DEVICE_GET_IRQ_INFO, encode_irq_info_request(index))
+        reply = await self._requests.request(
+            Command.DEVICE_GET_IRQ_INFO, encode_irq_info_request(index)
+        )
         return decode_irq_info_reply_untrusted(reply, index)
 
     async def set_irqs(self, request: IrqRequest) -> None:
         """`request.eventfds` stay the caller's."""
         payload = encode_set_irqs_request(request)
-        await self._request(Command.DEVICE_SET_IRQS, payload, request.eventfds or ())
+        await self._requests.request(Command.DEVICE_SET_IRQS, payload, request.eventfds or ())
 
     async def reset(self) -> None:
-        await self._request(Command.DEVICE_RESET)
+        await self._requests.request(Command.DEVICE_RESET)
 
     # --- registers ------------------------------------------------------------------------------
 
     async def region_read(self, index: int, offset: int, count: int) -> bytes:
         payload = encode_region_read_request(offset, index, count)
-        reply = await self._request(Command.REGION_READ, payload)
+        reply = await self._requests.request(Command.REGION_READ, payload)
         return decode_region_read_reply_untrusted(reply, count)
 
     async def region_write(
@@ -185,7 +187,7 @@ class Client:
         if no_reply:
             await self._requests.send(Command.REGION_WRITE, payload)
             return
-        reply = await self._request(Command.REGION_WRITE, payload)
+        reply = await self._requests.request(Command.REGION_WRITE, payload)
         decode_region_write_reply_untrusted(reply, len(data))
 
     async def region_write_multi(
@@ -196,7 +198,7 @@ class Client:
         if no_reply:
             await self._requests.send(Command.REGION_WRITE_MULTI, payload)
             return len(writes)
-        reply = await self._request(Command.REGION_WRITE_MULTI, payload)
+        reply = await self._requests.request(Command.REGION_WRITE_MULTI, payload)
         return decode_region_write_multi_reply_untrusted(reply)
 
     # --- memory ---------------------------------------------------------------------------------
@@ -204,12 +206,12 @@ class Client:
     async def dma_map(self, mapping: DmaMapping) -> None:
         """`mapping.fd` stays the caller's."""
         fds = () if mapping.fd is None else (mapping.fd,)
-        await self._request(Command.DMA_MAP, encode_dma_map_request(mapping), fds)
+        await self._requests.request(Command.DMA_MAP, encode_dma_map_request(mapping), fds)
 
     async def dma_unmap(self, iova: int, size: int) -> None:
         """Unmap a range; (0, U64_END) stands for everything."""
         request = DmaUnmapRequest(iova, size, everything=(iova, size) == (0, U64_END))
-        reply = await self._request(Command.DMA_UNMAP, encode_dma_unmap_request(request))
+        reply = await self._requests.request(Command.DMA_UNMAP, encode_dma_unmap_request(request))
         decode_dma_unmap_reply_untrusted(reply, request)
 
     # --- migration ------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ class Client:
         argsz = DEVICE_FEATURE_SIZE + max(len(data), room)
         while True:
             request = FeatureRequest(index, operation, data, argsz)
-            payload = await self._request(Command.DEVICE_FEATURE, encode_feature_request(request))
+            payload = await self._requests.request(
+                Command.DEVICE_FEATURE, encode_feature_request(request)
+            )
             reply = decode_feature_reply_untrusted(payload, request)
             if reply.argsz <= argsz:
                 return reply.data
@@ -231,21 +235,13 @@ class Client:
         """Up to `count` bytes of device state; fewer means that no more is there now."""
         payload = encode_migration_read_request(count)
         return decode_migration_read_reply_untrusted(
-            await self._request(Command.MIG_DATA_READ, payload), count
+            await self._requests.request(Command.MIG_DATA_READ, payload), count
         )
 
     async def migration_write(self, data: Buffer) -> None:
-        await self._request(Command.MIG_DATA_WRITE, encode_migration_write_request(data))
+        await self._requests.request(Command.MIG_DATA_WRITE, encode_migration_write_request(data))
 
     # --- the connection -------------------------------------------------------------------------
-
-    async def _request(
-        self, command: Command, payload: Buffer = b"", fds: Sequence[int] = ()
-    ) -> bytes:
-        """The payload of the reply; fds that nobody expects are closed."""
-        frame = await self._requests.request(command, payload, fds)
-        with _closing(frame.fds):
-            return frame.payload
 
     async def negotiate(self, proposal: Capabilities) -> None:
         """Exchange VERSION.  For `connect_socket`; raises ConnectionLost."""
@@ -253,7 +249,7 @@ class Client:
         with trio.move_on_after(HANDSHAKE_SECONDS) as handshake:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._receive, self.endpoint)
-                reply = await self._requests.request(Command.VERSION, asked)
+                reply = await self._requests.request_frame(Command.VERSION, asked)
                 nursery.cancel_scope.cancel()
         if handshake.cancelled_caught:
             raise ConnectionLost(f"no reply to VERSION within {HANDSHAKE_SECONDS:g} s")

@@ -65,5 +65,5 @@ class ClientMemory:
             )
         async with self._one_at_a_time:
             with trio.move_on_after(REMOTE_DMA_SECONDS):
-                return (await self._requests.request(command, payload)).payload
+                return await self._requests.request(command, payload)
         raise ConnectionLost(f"no reply to {command.name} within {REMOTE_DMA_SECONDS:g} s")

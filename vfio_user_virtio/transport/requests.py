@@ -66,11 +66,19 @@ class Requests:
 
     async def request(
         self, command: Command, payload: Buffer = b"", fds: Sequence[int] = ()
-    ) -> Frame:
-        """Send a command; its successful reply, whose `fds` are the caller's to close.
+    ) -> bytes:
+        """Send a command; the payload of its successful reply, whose fds, if any, are closed.
 
         `fds` stay the caller's.  Raises RemoteError for an error reply, ConnectionLost.
         """
+        reply = await self.request_frame(command, payload, fds)
+        _close(reply.fds)
+        return reply.payload
+
+    async def request_frame(
+        self, command: Command, payload: Buffer = b"", fds: Sequence[int] = ()
+    ) -> Frame:
+        """The same; the whole reply, and its `fds` are the caller's to close."""
         await self._room.acquire()
         if self._lost is not None:
             self._room.release()
