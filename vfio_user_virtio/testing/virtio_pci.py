@@ -25,6 +25,8 @@ from vfio_user_virtio.virtio.features import Feature, feature_names
 from vfio_user_virtio.virtio.pci_capabilities import VENDOR_CAPABILITY_ID, CfgType
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vfio_user_virtio.testing.driver_queue import Ring
 
 COMMAND: Final = 0x04
@@ -300,16 +302,32 @@ class VirtioPci:
         await self.write(Register.QUEUE_SELECT, index)
         return await self.read(Register.QUEUE_SIZE)
 
-    async def enable_queue(self, index: int, ring: Ring, *, vector: int = NO_VECTOR) -> None:
-        """Give `ring` to the device as queue `index`, and enable it."""
+    async def enable_queue(
+        self,
+        index: int,
+        ring: Ring,
+        *,
+        vector: int = NO_VECTOR,
+        instead: Mapping[Register, int] | None = None,
+    ) -> None:
+        """Give `ring` to the device as queue `index`, and enable it.
+
+        `instead` has other values for some of QUEUE_DESC, QUEUE_DRIVER and QUEUE_DEVICE, for
+        tests of what a device does about addresses that are wrong.
+        """
+        addresses = {
+            Register.QUEUE_DESC: ring.desc,
+            Register.QUEUE_DRIVER: ring.driver,
+            Register.QUEUE_DEVICE: ring.device,
+            **(instead or {}),
+        }
         await self.write(Register.QUEUE_SELECT, index)
         await self.write(Register.QUEUE_SIZE, ring.size)
         await self.write(Register.QUEUE_MSIX_VECTOR, vector)
         if await self.read(Register.QUEUE_MSIX_VECTOR) != vector:
             raise DeviceBroke(f"queue {index} did not take vector {vector}")
-        await self.write(Register.QUEUE_DESC, ring.desc)
-        await self.write(Register.QUEUE_DRIVER, ring.driver)
-        await self.write(Register.QUEUE_DEVICE, ring.device)
+        for register, address in addresses.items():
+            await self.write(register, address)
         self._notify_off[index] = await self.read(Register.QUEUE_NOTIFY_OFF)
         await self.write(Register.QUEUE_ENABLE, 1)
 
