@@ -198,6 +198,7 @@ class Member:
                 self._queues.close()
         self._switch.flush()
         self._switch.poll(self)
+        self._queues.announce()
 
     # --- what registers set in motion ----------------------------------------------------------
 

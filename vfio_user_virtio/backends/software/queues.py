@@ -76,6 +76,7 @@ class Queues:
         self._slow_senders: list[int] = []
         self._by_messages: set[int] = set()
         self._control: int | None = None
+        self._worked: list[int] = []
 
     def all_kicked(self) -> int:
         """A mask of all queues that exist."""
@@ -151,6 +152,17 @@ class Queues:
             self.ensure_open()
             return Outcome.MORE
 
+    def announce(self) -> None:
+        """Interrupt for the queues that have been run, where the driver wants it.
+
+        Last in a pass: an interrupt takes the processor from us, and frames should not wait for it.
+        """
+        while self._worked:
+            index = self._worked.pop()
+            ring = self._rings.get(index)
+            if isinstance(ring, SplitQueue) and ring.should_interrupt():
+                self._interrupt(index)
+
     def serve_by_messages(self, index: int) -> None:
         """A buffer of the queue can be reached by messages only: so serve all of the queue."""
         self.close()
@@ -171,8 +183,7 @@ class Queues:
             outcome = self._run_control(ring, budget)
         else:
             return Outcome.DRAINED
-        if ring.should_interrupt():
-            self._interrupt(index)
+        self._worked.append(index)
         return outcome
 
     def _run_control(self, ring: SplitQueue, budget: int) -> Outcome:

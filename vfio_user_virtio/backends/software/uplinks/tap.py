@@ -115,6 +115,8 @@ class TapUplink(PacketUplink):
                     commit(size)
                     frames += 1
                     total += size
+                    if frames == 1:
+                        port.flush()  # who waits for one frame hears of it before we look for more
                 elif not self._forward_copy(b"".join(room)[:size]):
                     return
         except BlockingIOError:
