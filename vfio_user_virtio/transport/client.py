@@ -85,7 +85,7 @@ from vfio_user_virtio.protocol.version import (
     decode_version_reply_untrusted,
     encode_version,
 )
-from vfio_user_virtio.transport.endpoint import Endpoint
+from vfio_user_virtio.transport.endpoint import Endpoint, close_fds
 from vfio_user_virtio.transport.requests import MessageIds, Requests, command_name
 
 if TYPE_CHECKING:
@@ -393,5 +393,4 @@ def _closing(fds: list[int]) -> Iterator[list[int]]:
     try:
         yield fds
     finally:
-        while fds:
-            os.close(fds.pop())
+        close_fds(fds)

@@ -25,6 +25,7 @@ Errors: `ConnectionLost` when the socket, the framing or the peer's patience is 
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections import deque
@@ -109,7 +110,7 @@ class Endpoint:
                 raise self._lost("receive", error) from None
             fds = _fds_of(ancillary) if ancillary else []
             if flags & socket.MSG_CTRUNC:
-                _close(fds)
+                close_fds(fds)
                 raise ConnectionLost(
                     "the kernel dropped file descriptors that a message brought: "
                     "the limit of open files is reached (ulimit -n)"
@@ -144,7 +145,7 @@ class Endpoint:
     def _close_unclaimed(self) -> None:
         for frame in self._frames:
             if frame.fds:
-                _close(frame.take_fds())
+                close_fds(frame.take_fds())
         self._frames = []
 
     # --- out ----------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class Endpoint:
             return
         self.closed = True
         self._close_unclaimed()
-        _close(self._reader.take_fds())
+        close_fds(self._reader.take_fds())
         self._out.clear()
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
@@ -252,6 +253,11 @@ def _fds_of(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
     return fds.tolist()
 
 
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def close_fds(fds: list[int]) -> None:
+    """Close and forget all of `fds`; what closing a peer's file reports is the peer's business."""
+    while fds:
+        try:
+            os.close(fds.pop())
+        except OSError as error:
+            if error.errno == errno.EBADF:  # not the peer's doing: we closed it before
+                raise

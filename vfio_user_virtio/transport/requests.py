@@ -10,7 +10,6 @@ Source: vfio-user, Header.  At most MAX_PENDING_REQUESTS await a reply at once; 
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -19,6 +18,7 @@ import trio
 from vfio_user_virtio.errors import ConnectionLost, RemoteError
 from vfio_user_virtio.limits import MAX_PENDING_REQUESTS
 from vfio_user_virtio.protocol.header import Command, encode_command
+from vfio_user_virtio.transport.endpoint import close_fds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ class Requests:
         `fds` stay the caller's.  Raises RemoteError for an error reply, ConnectionLost.
         """
         reply = await self.request_frame(command, payload, fds)
-        _close(reply.fds)
+        close_fds(reply.fds)
         return reply.payload
 
     async def request_frame(
@@ -90,7 +90,7 @@ class Requests:
             await request.answered.wait()
         except (trio.Cancelled, ConnectionLost):
             request.abandoned = True
-            _close(request.fds)
+            close_fds(request.fds)
             raise
         reply = request.reply
         if reply is None:
@@ -98,7 +98,7 @@ class Requests:
             raise self._lost
         reply.fds = request.fds
         if reply.is_error:
-            _close(reply.take_fds())
+            close_fds(reply.take_fds())
             raise RemoteError(reply.error, f"{command.name} was refused")
         return reply
 
@@ -137,8 +137,3 @@ class Requests:
             message_id = (message_id + 1) & _ID_MASK
         self._ids.next = (message_id + 1) & _ID_MASK
         return message_id
-
-
-def _close(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
