@@ -213,10 +213,14 @@ async def test_posted_messages_leave_in_one_send(pair: Pair) -> None:
     assert pair.endpoint.bytes_sent == sum(map(len, messages))
 
 
-@pytest.mark.parametrize("size", [0, 20, 1000, 5000, 31_000, 33_000, 500_000])
-@pytest.mark.parametrize("sndbuf", [0, 20_000])
+@pytest.mark.parametrize("sndbuf", [0, 5_000])
+@pytest.mark.parametrize("size", [0, 20, 1000, 4_912, 31_000, 33_000, 500_000])
 async def test_a_header_is_never_split(size: int, sndbuf: int) -> None:
-    """Whatever the peer reads first of a message has at least its header, also when it is slow."""
+    """Whatever the peer reads first of a message has at least its header, also when it is slow.
+
+    Linux cuts what is sent every 4,936 bytes if SO_SNDBUF was set to 5,000: inside the header of
+    the second message, if two of 4,912 bytes and a header are sent together.
+    """
     ours, peer = socket.socketpair()
     if sndbuf:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)

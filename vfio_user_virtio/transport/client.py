@@ -117,7 +117,8 @@ class Client:
         """What was negotiated."""
         self.lost = trio.Event()
         """Set when the server has gone, or has been given up."""
-        self._twin: Endpoint | None = None
+        self.twin: Endpoint | None = None
+        """The second socket, if one was negotiated."""
         self._memory = memory
         self._requests = Requests(self.endpoint, MessageIds())
 
@@ -244,29 +245,20 @@ class Client:
     # --- the connection -------------------------------------------------------------------------
 
     async def negotiate(self, proposal: Capabilities) -> None:
-        """Exchange VERSION.  For `connect_socket`; raises ConnectionLost."""
+        """Exchange VERSION.  For `connect_socket`; raises ConnectionLost, RemoteError."""
         asked = encode_version(Version(MAJOR, MINOR, proposal))
         with trio.move_on_after(HANDSHAKE_SECONDS) as handshake:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._receive, self.endpoint)
-                reply = await self._requests.request_frame(Command.VERSION, asked)
-                nursery.cancel_scope.cancel()
+            reply = await self._requests.request_frame(Command.VERSION, asked)
         if handshake.cancelled_caught:
             raise ConnectionLost(f"no reply to VERSION within {HANDSHAKE_SECONDS:g} s")
         with _closing(reply.fds) as fds:
             self.version = decode_version_reply_untrusted(reply.payload, len(fds))
             twin = self.version.capabilities.twin_socket
             if twin is not None and twin.fd_index is not None:
-                self._twin = _twin_endpoint(fds.pop(twin.fd_index))
+                self.twin = _twin_endpoint(fds.pop(twin.fd_index))
 
-    async def receive(self) -> None:
-        """Take in what the server sends until it goes.  For `connect_socket`."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receive, self.endpoint)
-            if self._twin is not None:
-                nursery.start_soon(self._receive, self._twin)
-
-    async def _receive(self, endpoint: Endpoint) -> None:
+    async def receive(self, endpoint: Endpoint) -> None:
+        """Take in what comes by `endpoint` until the server goes.  For `connect_socket`."""
         lost = ConnectionLost("the server closed the connection")
         try:
             while frames := await endpoint.receive():
@@ -309,8 +301,8 @@ class Client:
         self._requests.fail(ConnectionLost("this client has hung up"))
         self.lost.set()
         self.endpoint.close()
-        if self._twin is not None:
-            self._twin.close()
+        if self.twin is not None:
+            self.twin.close()
 
 
 @contextlib.asynccontextmanager
@@ -343,12 +335,14 @@ async def connect_socket(
     client = Client(sock, memory)
     failure: Exception | None = None
     try:
-        await client.negotiate(capabilities)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.receive)
+            nursery.start_soon(client.receive, client.endpoint)
             try:
+                await client.negotiate(capabilities)
+                if client.twin is not None:
+                    nursery.start_soon(client.receive, client.twin)
                 yield client
-            except Exception as error:  # the caller's, and to leave here as it came: not in a group
+            except Exception as error:  # the caller's, to leave here as it came: not in a group
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
