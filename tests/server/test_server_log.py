@@ -29,7 +29,7 @@ def record(
     error = None
     if traceback:
         try:
-            raise ValueError(FORGED)
+            int(FORGED)
         except ValueError:
             error = sys.exc_info()
     made = logging.LogRecord("session", level, __file__, 1, "%s", (message,), error)
