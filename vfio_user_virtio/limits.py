@@ -117,8 +117,9 @@ MAX_GSO_SEGMENTS: Final = 512
 MAX_FLOODED_SEGMENTS: Final = 64
 """Segments of one frame that is flooded: each goes to every port that cannot take it whole."""
 
-MAX_FLOOD_COPIES: Final = 4_096
-"""Deliveries that one sender's floods may cost, about 10 ms, before others get their turn."""
+MAX_COPIES: Final = 4_096
+"""Deliveries, beyond one per frame, that a sender's floods and segments may cost, about 10 ms,
+before others get their turn."""
 
 MAX_BLOCKED_SECONDS: Final = 0.1
 """How long a port without room may hold up its senders at once; then they lose frames instead, so

@@ -426,6 +426,27 @@ def test_errors_have_a_remedy(host: Host) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EPERM, "belongs to another user; recreate it"),
+        (errno.EBUSY, "in use by another process"),
+        (errno.EINVAL, "is not a TAP device"),
+        (errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_words_for_attaching(number: int, words: str) -> None:
+    assert words in tun_device.attach_error("tap0", OSError(number, os.strerror(number)))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EACCES, "give this user read and write access"), (errno.ENOENT, "module tun")],
+)
+def test_words_for_opening(number: int, words: str) -> None:
+    assert words in tun_device.open_error(OSError(number, os.strerror(number)))
+
+
 def test_no_descriptor_is_leaked(host: Host) -> None:
     before = len(os.listdir("/proc/self/fd"))
     device = open_tap("tap0")

@@ -90,6 +90,18 @@ def test_it_ends_at_its_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "capture of a ended: it has reached its bound" in caplog.text
 
 
+def test_a_port_is_direct_again_when_its_capture_has_ended(tmp_path: Path) -> None:
+    switch = Switch(alarm=FakeAlarm())
+    a, uplink = MemberPort(switch, "a"), UplinkPort(switch)
+    switch.plug(a, a)
+    switch.plug_uplink(uplink)
+    switch.capture(a, Capture(opened(tmp_path / "short.pcapng"), "a", max_size=100))
+    assert switch.direct_receiver(uplink) is None
+    assert a.send(ethernet(mac(1), mac(0), bytes(100)))
+    assert switch.direct_receiver(uplink) is not None
+    assert len(uplink.received) == 1
+
+
 def test_a_write_error_ends_it_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
     reader, writer = os.pipe()
     capture = Capture(writer, "a")

@@ -128,6 +128,11 @@ class TestTwoPorts:
         net.switch.writable(a)
         assert len(a.take()) == 1
 
+    def test_room_that_nobody_waits_for(self) -> None:
+        net = make_net(1)
+        net.switch.writable(net.members[0])
+        assert net.members[0].flushes == 0
+
     def test_a_starved_uplink_is_resumed_when_its_direct_path_ends(self) -> None:
         net = make_net(1)
         (a,) = net.members
@@ -543,6 +548,20 @@ class TestRoom:
         c.make_room()
         assert len(c.take()) == 2
 
+    def test_who_waits_longest_is_first(self) -> None:
+        net = make_net(3)
+        a, b, c = net.members
+        learn(net)
+        c.room = 0
+        for number in range(4):
+            a.send(ethernet(mac(2), mac(0), bytes((number,))))
+            b.send(ethernet(mac(2), mac(1), bytes((number,))))
+        sources = []
+        for _ in range(8):
+            c.make_room(1)
+            sources += [frame[11] for frame in c.take()]
+        assert sources == [0, 1] * 4
+
     @pytest.mark.parametrize("leave", ["unplug", "down"])
     def test_who_waits_goes_on_when_the_port_leaves(self, leave: str) -> None:
         net = make_net(2)
@@ -631,11 +650,25 @@ class TestRateLimit:
         sent = 0
         while a.send(ethernet(BROADCAST, mac(0))):
             sent += 1
-        assert sent == -(-limits.MAX_FLOOD_COPIES // 5)
+        assert sent == -(-limits.MAX_COPIES // 5)
         assert net.alarm.delays == [0.0]
         net.switch.expired()
         assert a.queue == []
         assert a.send(ethernet(BROADCAST, mac(0)))
+
+    def test_segments_take_turns(self) -> None:
+        net = make_net(2)
+        a, b = net.members
+        learn(net)
+        b.offloads = Offload(0)
+        net.switch.refresh()
+        header, frame = tcp_frame(500, 1)
+        sent = 0
+        while a.send(frame, header):
+            sent += 1
+        assert sent == -(-limits.MAX_COPIES // 499)
+        net.switch.expired()
+        assert a.queue == []
 
 
 def test_bad_frames_of_one_do_not_touch_others() -> None:

@@ -155,10 +155,11 @@ async def test_a_stream_cut_off_anywhere(size: int) -> None:
     wire.close()
 
 
-async def test_a_slow_peer_gets_everything_in_order() -> None:
+@pytest.mark.parametrize("size", [100, 3_000, 50_000])
+async def test_a_slow_peer_gets_everything_in_order(size: int) -> None:
     wire = Wire()
     wire.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
-    frames = [ethernet(mac(1), mac(0), bytes((n,)) * 3_000) for n in range(100)]
+    frames = [ethernet(mac(1), mac(0), bytes((n,)) * size) for n in range(100)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wire.serve)
         await settle()
@@ -170,13 +171,14 @@ async def test_a_slow_peer_gets_everything_in_order() -> None:
     wire.close()
 
 
-async def test_a_peer_that_goes_while_frames_wait() -> None:
+@pytest.mark.parametrize("size", [3_000, 50_000])
+async def test_a_peer_that_goes_while_frames_wait(size: int) -> None:
     wire = Wire()
     wire.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wire.serve)
         await settle()
-        while wire.a.send(ethernet(mac(1), mac(0), bytes(3_000))):
+        while wire.a.send(ethernet(mac(1), mac(0), bytes(size))):
             pass
         wire.peer.close()
     assert wire.ended is not None

@@ -100,17 +100,25 @@ class Switch:
         self._table.forget(at)
         for other in self._ports.values():
             other.waiting.pop(at, None)
-        self._work_out_paths()
+        self.refresh()
         self._resume_waiting(at)
 
     def refresh(self) -> None:
         """A port has come up or gone down, or takes other frames than before."""
+        ports = list(self._ports.values())
+        were_direct = [at for at in ports if at.direct is not None]
         self._work_out_paths()
+        for at in ports:
+            if not at.up:
+                self._resume_waiting(at)
+        for at in were_direct:
+            if at.direct is None and at.sender is not None:
+                at.sender.resume()  # it may wait for room that it no longer needs
 
     def capture(self, port: Port, capture: Capture | None) -> None:
         """Record what passes at a port from now on, or stop that.  Direct paths end meanwhile."""
         self._ports[port].capture = capture
-        self._work_out_paths()
+        self.refresh()
 
     def statistics(self, port: Port) -> PortStatistics:
         """Counters of one port."""
@@ -173,7 +181,7 @@ class Switch:
     def writable(self, port: Port) -> None:
         """A port that had no room has some: deliver what it is owed, and resume who waits."""
         at = self._ports.get(port)
-        if at is None:
+        if at is None or not (at.waiting or at.backlog or at.deadline != math.inf):
             return
         at.stop_blocking(self._clock())
         if self._deliver_backlog(at):
@@ -204,7 +212,7 @@ class Switch:
         if at.port in self._ports:
             raise ValueError(f"port {at.port.name} is plugged in already")
         self._ports[at.port] = at
-        self._work_out_paths()
+        self.refresh()
 
     def _fold(self) -> None:
         for at in self._ports.values():
@@ -213,7 +221,6 @@ class Switch:
     def _work_out_paths(self) -> None:
         self._fold()
         ports = list(self._ports.values())
-        were_direct = [at for at in ports if at.direct is not None]
         for at in ports:
             was_up, at.up = at.up, at.port.up
             at.lacks = (EVERYTHING & ~int(at.port.offloads)) | INVALID
@@ -232,11 +239,6 @@ class Switch:
         for at in ports:
             if at.uplink is not None:
                 self._tell_uplink(at, at.uplink)
-            if not at.up:
-                self._resume_waiting(at)
-        for at in were_direct:
-            if at.direct is None and at.sender is not None:
-                at.sender.resume()  # it may wait for room that it no longer needs
 
     @staticmethod
     def _connect(at: SwitchPort, peer: SwitchPort) -> None:
@@ -287,6 +289,9 @@ class Switch:
                 frame = [head, *frame[1:]]
 
         now = self._clock()
+        if at.copies >= limits.MAX_COPIES and at.sender is not None:
+            self._pause(at, now, 0.0)
+            return False
         if at.limiter is not None and (wait := at.limiter.take(size, now)):
             if at.sender is None:
                 return self._drop(at, Drop.RATE)
@@ -297,7 +302,7 @@ class Switch:
             at.frames_in += 1
             at.bytes_in += size
             if at.capture is not None:
-                at.capture.record(frame, inbound=True)
+                self._record(at, at.capture, frame, inbound=True)
         elif at.limiter is not None:
             at.limiter.give_back(size)
         return taken
@@ -328,9 +333,6 @@ class Switch:
             return self._drop(at, Drop.UNREACHABLE)
         if len(receivers) == 1:
             return self._send(at, receivers[0], frame, size, vlan, tagged, needs)
-        if at.sender is not None and at.copies >= limits.MAX_FLOOD_COPIES:
-            self._pause(at, now, 0.0)
-            return False
         self._flood(at, receivers, frame, size, vlan, tagged, needs)
         return True
 
@@ -353,6 +355,7 @@ class Switch:
         pieces = _in_form(frame, size, vlan, tagged, want_tag, bool(needs & to.lacks))
         if pieces is None:
             return self._drop(at, Drop.BAD_HEADER)
+        at.copies += len(pieces) - 1
         for index, (piece, piece_size) in enumerate(pieces):
             if not self._deliver(to, piece, piece_size):
                 if index == 0:
@@ -397,8 +400,14 @@ class Switch:
         to.bytes_out += size
         self._touched.add(to)
         if to.capture is not None:
-            to.capture.record(frame, inbound=False)
+            self._record(to, to.capture, frame, inbound=False)
         return True
+
+    def _record(self, at: SwitchPort, capture: Capture, frame: Frame, *, inbound: bool) -> None:
+        capture.record(frame, inbound=inbound)
+        if not capture.is_open:
+            at.capture = None
+            self._work_out_paths()
 
     def _deliver_backlog(self, to: SwitchPort) -> bool:
         """Deliver what is left of a segmented frame; False if there is still no room."""
@@ -434,10 +443,14 @@ class Switch:
 
     @staticmethod
     def _resume_waiting(to: SwitchPort) -> None:
-        waiting, to.waiting = to.waiting, {}
-        for at in waiting:
+        """Resume who waits for `to`, until one finds it full again: others are first then."""
+        waiting, to.waiting = list(to.waiting), {}
+        for position, at in enumerate(waiting, 1):
             if at.sender is not None:
                 at.sender.resume()
+            if at in to.waiting:
+                to.waiting = dict.fromkeys([*waiting[position:], *to.waiting])
+                return
 
 
 def _wants_tag(at: SwitchPort, to: SwitchPort, tagged: bool) -> bool:

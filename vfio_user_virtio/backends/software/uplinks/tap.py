@@ -117,8 +117,9 @@ class TapUplink(PacketUplink):
                     total += size
                     if frames == 1:
                         port.flush()  # who waits for one frame hears of it before we look for more
-                elif not self._forward_copy(b"".join(room)[:size]):
-                    return
+                else:
+                    self._forward_copy(b"".join(room)[:size])
+                    return  # the path may no longer be direct
         except BlockingIOError:
             return
         finally:
@@ -130,13 +131,11 @@ class TapUplink(PacketUplink):
         """Whether the frame that begins with `first` asks for nothing."""
         return len(first) >= NET_HEADER_SIZE and not first[0] | first[1]
 
-    def _forward_copy(self, data: bytes) -> bool:
-        """Send a frame through the switch, which finishes it if need be; False if it must wait."""
+    def _forward_copy(self, data: bytes) -> None:
+        """Send a frame through the switch, which finishes it if need be."""
         frame: Frame = (data[:HEAD_SIZE], memoryview(data)[HEAD_SIZE:])
-        if self._switch.forward(self, frame, len(data)):
-            return True
-        self._keep(frame, len(data))
-        return False
+        if not self._switch.forward(self, frame, len(data)):
+            self._keep(frame, len(data))
 
     def _read_failed(self, error: OSError) -> None:
         if error.errno == errno.EFAULT and self._guest_memory_is_at_fault():

@@ -94,13 +94,13 @@ def open_tap(name: str) -> TapDevice:
     try:
         fd = os.open(TUN_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise HostError(_open_error(error), exit_code=os.EX_NOPERM) from error
+        raise HostError(open_error(error), exit_code=os.EX_NOPERM) from error
     try:
         _attach(fd, raw_name)
         return tap_from_fd(fd)
     except OSError as error:
         os.close(fd)
-        raise HostError(_attach_error(name, error), exit_code=os.EX_UNAVAILABLE) from error
+        raise HostError(attach_error(name, error), exit_code=os.EX_UNAVAILABLE) from error
     except HostError:
         os.close(fd)
         raise
@@ -171,13 +171,15 @@ def _check_is_up(name: str) -> None:
         )
 
 
-def _open_error(error: OSError) -> str:
+def open_error(error: OSError) -> str:
+    """Why /dev/net/tun cannot be opened, and what helps."""
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"may not open {TUN_PATH}: give this user read and write access to it"
     return f"cannot open {TUN_PATH}: {error.strerror}; is the kernel module tun loaded?"
 
 
-def _attach_error(name: str, error: OSError) -> str:
+def attach_error(name: str, error: OSError) -> str:
+    """Why TUNSETIFF failed, and what helps."""
     match error.errno:
         case errno.EPERM:
             return (
