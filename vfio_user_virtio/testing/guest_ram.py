@@ -98,6 +98,11 @@ class GuestRam:
             raise ValueError(f"{iova:#x} + {size:#x} is not in guest memory")
         return self._memory[offset : offset + size]
 
+    @property
+    def allocated(self) -> int:
+        """How many buffers are allocated and have not been freed."""
+        return len(self._taken)
+
     def allocate(self, size: int, *, align: int = 64) -> GuestBuffer:
         """`size` bytes of zeroes at a multiple of `align`, a power of two up to the page size.
 

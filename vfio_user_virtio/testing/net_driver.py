@@ -355,18 +355,27 @@ class NetDriver:
         buffer = self.ram.allocate(len(head) + len(frame))
         buffer.memory[:] = head + frame
         parts = self._segments(buffer) if segments is None else _cut(buffer, segments)
-        async with port.turn:
-            self._reclaim(port)
-            while True:
-                try:
-                    port.queue.add(buffer, readable=parts)
-                    break
-                except QueueFull:
-                    if not port.queue.outstanding:
-                        raise
-                    await self._wait_used(port)
-                    self._reclaim(port)
+        try:
+            async with port.turn:
+                await self._add_sent(port, buffer, parts)
+        except BaseException:
+            self.ram.free(buffer)
+            raise
         await self._publish(port)
+
+    async def _add_sent(self, port: _Port, buffer: GuestBuffer, parts: list[Segment]) -> None:
+        """Add a frame to a TX queue once there is room for it."""
+        self._reclaim(port)
+        while True:
+            try:
+                port.queue.add(buffer, readable=parts)
+            except QueueFull:
+                if not port.queue.outstanding:
+                    raise
+                await self._wait_used(port)
+                self._reclaim(port)
+            else:
+                return
 
     async def flush(self, pair: int = 0) -> None:
         """Wait until the device has given back every frame that was sent on `pair`."""
