@@ -42,17 +42,24 @@ async def test_driver_unbinds_and_binds(bed: Bed, netns: Netns, tmp_path: Path) 
         await traffic.check_tcp(guest, netns)
 
 
-async def test_function_level_reset(bed: Bed, netns: Netns, tmp_path: Path) -> None:
+async def test_resets_of_the_function(bed: Bed, netns: Netns, tmp_path: Path) -> None:
+    """By FLR, by D3hot and by the bus above, each without a driver and under one.
+
+    virtio_net does not restore itself after a reset (nor does it on QEMU's own device), so that a
+    new driver follows each.
+    """
     async with guest_on_tap(bed, netns, tmp_path) as guest:
-        assert "flr" in (await guest.run(f"cat {DEVICE}/reset_method")).split()
-        await guest.run(f"echo flr >{DEVICE}/reset_method")
-        for _ in range(3):
-            await guest.run(f"echo {SLOT_1} >{DRIVER}/unbind")
-            await guest.run(f"echo 1 >{DEVICE}/reset && echo {SLOT_1} >{DRIVER}/bind")
-            await traffic.configure(guest)
-            await traffic.check_ping(guest, netns)
-        await guest.run(f"echo 1 >{DEVICE}/reset")  # under the driver, which restores itself
-        await traffic.check_ping(guest, netns)
+        methods = (await guest.run(f"cat {DEVICE}/reset_method")).split()
+        assert methods == ["flr", "pm", "bus"]
+        for method in methods:
+            await guest.run(f"echo {method} >{DEVICE}/reset_method")
+            for script in (
+                f"echo {SLOT_1} >{DRIVER}/unbind; echo 1 >{DEVICE}/reset",
+                f"echo 1 >{DEVICE}/reset; echo {SLOT_1} >{DRIVER}/unbind",
+            ):
+                await guest.run(f"{script}; echo {SLOT_1} >{DRIVER}/bind")
+                await traffic.configure(guest)
+                await traffic.check_ping(guest, netns)
         await traffic.check_tcp(guest, netns)
 
 

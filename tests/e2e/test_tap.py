@@ -62,8 +62,10 @@ async def test_filters(bed: Bed, netns: Netns, tmp_path: Path) -> None:
     """Unicast, multicast and VLAN filters, and what turns them off."""
     await netns.disable_ipv6()
     machine = attrs.evolve(TAP_MACHINE, modules=("virtio_net", "8021q", "macvlan"))
-    async with guest_on_tap(bed, netns, tmp_path, machine=machine) as guest:
-        probe = await traffic.FrameProbe.start(guest, netns)
+    async with (
+        guest_on_tap(bed, netns, tmp_path, machine=machine) as guest,
+        traffic.FrameProbe.open(guest, netns) as probe,
+    ):
         assert await probe.arrivals(traffic.MAC) == 8, "its own address"
         assert await probe.arrivals(BROADCAST) == 8, "broadcast"
         assert await probe.arrivals(OTHER_MAC) == 0, "another's address"

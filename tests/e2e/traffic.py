@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import AsyncIterator
 
     from tests.testbed.guest import Guest
     from tests.testbed.netns import Netns
@@ -114,9 +116,10 @@ class FrameProbe:
         self._wire = wire
 
     @classmethod
-    async def start(cls, guest: Guest, netns: Netns) -> FrameProbe:
-        await guest.run(f"ip neigh replace {HOST} lladdr {HOST_MAC} dev eth0")
-        return cls(guest, netns, await netns.open_packet_socket(TAP))
+    @asynccontextmanager
+    async def open(cls, guest: Guest, netns: Netns) -> AsyncIterator[FrameProbe]:
+        with await netns.open_packet_socket(TAP) as wire:
+            yield cls(guest, netns, wire)
 
     async def arrivals(
         self, destination: str, *, vlan: int | None = None, reached_at: str = MAC
@@ -125,6 +128,7 @@ class FrameProbe:
 
         `reached_at` is the address that the guest itself is known to have.
         """
+        await self._guest.run(f"ip neigh replace {HOST} lladdr {HOST_MAC} dev eth0")
         await self._netns.run("ip", "neigh", "replace", GUEST, "lladdr", reached_at, "dev", TAP)
         tag = b"" if vlan is None else struct.pack("!HH", ETH_P_8021Q, vlan)
         frame = address(destination) + address("02:00:00:00:00:99") + tag
