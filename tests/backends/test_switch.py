@@ -106,6 +106,13 @@ class TestTwoPorts:
         net.switch.unplug(b)
         assert is_direct(net, a)
 
+    def test_counters_survive_an_unplugging(self) -> None:
+        net = make_net(1)
+        (a,) = net.members
+        a.send(ethernet(mac(9), mac(0)))
+        net.switch.unplug(a)
+        assert net.switch.statistics(net.uplink).frames_out == 1
+
     def test_no_direct_receiver_in_a_vlan(self) -> None:
         net = make_net(1, vlans={0: PortVlans(access=5)})
         assert net.switch.direct_receiver(net.uplink) is None

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.forwarding_table import ForwardingTable
-from vfio_user_virtio.backends.software.ports import MIN_FRAME_SIZE, DirectPort, Offload
+from vfio_user_virtio.backends.software.ports import MIN_FRAME_SIZE
+from vfio_user_virtio.backends.software.switch_paths import work_out_paths
 from vfio_user_virtio.backends.software.switch_port import Drop, PortStatistics, SwitchPort
 from vfio_user_virtio.backends.software.vlan import ANY_VLAN, TAG_SIZE, pop_tag, push_tag, vlan_of
 from vfio_user_virtio.virtio.offload import (
-    CSUM,
-    EVERYTHING,
     F_DATA_VALID,
     F_NEEDS_CSUM,
     INVALID,
@@ -84,7 +83,11 @@ class Switch:
         vlans: PortVlans = ANY_VLAN,
         rate_limit: TokenBucket | None = None,
     ) -> None:
-        """Plug a member in.  Without a `sender` to resume, `forward` drops what has to wait."""
+        """Plug a member in.  Without a `sender` to resume, `forward` drops what has to wait.
+
+        `rate_limit` is for what the member sends.  A member that is also a `DirectPort` may be read
+        into while it and one uplink are alone here.
+        """
         self._plug(SwitchPort(port, sender, None, vlans, rate_limit))
 
     def plug_uplink(self, uplink: Uplink, *, vlans: PortVlans = ANY_VLAN) -> None:
@@ -93,6 +96,7 @@ class Switch:
 
     def unplug(self, port: Port) -> None:
         """Take a port out and forget it; those who wait for it go on."""
+        self._fold()
         at = self._ports.pop(port, None)
         if at is None:
             return
@@ -219,50 +223,10 @@ class Switch:
             at.fold_fast_counters()
 
     def _work_out_paths(self) -> None:
-        self._fold()
         ports = list(self._ports.values())
-        for at in ports:
-            was_up, at.up = at.up, at.port.up
-            at.lacks = (EVERYTHING & ~int(at.port.offloads)) | INVALID
-            if at.lacks & CSUM:
-                at.lacks |= STRAY_FLAGS  # DATA_VALID is for those with GUEST_CSUM
-            if was_up and not at.up:
-                self._table.forget(at)
-                at.backlog.clear()
-            at.fast_peer = at.fast_deliver = at.direct = None
-        if len(ports) == 2 and all(
-            at.vlans.is_plain and at.capture is None and not at.backlog for at in ports
-        ):
-            self._connect(*ports)
-            self._connect(*reversed(ports))
+        for at in work_out_paths(ports):
+            self._table.forget(at)
         self._uplinks = tuple(at.uplink for at in ports if at.uplink is not None)
-        for at in ports:
-            if at.uplink is not None:
-                self._tell_uplink(at, at.uplink)
-
-    @staticmethod
-    def _connect(at: SwitchPort, peer: SwitchPort) -> None:
-        """Set the fast path from `at` to `peer`, the only other port."""
-        at.fast_peer = peer  # also where `received_directly` is counted
-        if not peer.up or at.limiter is not None:
-            return
-        at.fast_deliver = peer.port.deliver
-        at.fast_lacks = peer.lacks
-        if peer.uplink is not None:
-            at.fast_lacks &= ~STRAY_FLAGS
-        elif at.uplink is None:
-            at.fast_lacks |= STRAY_FLAGS
-        elif isinstance(peer.port, DirectPort):
-            at.direct = peer.port
-
-    def _tell_uplink(self, at: SwitchPort, uplink: Uplink) -> None:
-        others = [other for other in self._ports.values() if other is not at and other.up]
-        common = EVERYTHING if others else 0
-        for other in others:
-            common &= ~other.lacks
-        if common != at.told:
-            at.told = common
-            uplink.receivers_take(Offload(common))
 
     # --- the long way -------------------------------------------------------------------------
 
