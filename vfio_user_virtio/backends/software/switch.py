@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_user_virtio.backends.software.pcap import Capture
-    from vfio_user_virtio.backends.software.ports import Frame, Port, Sender, Uplink
+    from vfio_user_virtio.backends.software.ports import DirectPort, Frame, Port, Sender, Uplink
     from vfio_user_virtio.backends.software.rate_limit import TokenBucket
     from vfio_user_virtio.backends.software.vlan import PortVlans
 
