@@ -12,8 +12,9 @@ from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.testing.guest_ram import GuestRam
 from vfio_user_virtio.testing.loopback import served, ungrouped_nursery
-from vfio_user_virtio.testing.net_driver import NetDriver
+from vfio_user_virtio.testing.net_driver import KNOWN_FEATURES, NetDriver
 from vfio_user_virtio.testing.virtio_pci import VirtioPci
+from vfio_user_virtio.virtio.features import Feature, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,6 +28,7 @@ MAC_B = bytes.fromhex("020000000002")
 MAC_C = bytes.fromhex("020000000003")
 BROADCAST = b"\xff" * 6
 ETHERTYPE = b"\x88\xb5"  # for local experiments (IEEE 802)
+VERSION_1 = Feature.VERSION_1.mask
 LONG = 30.0
 """Seconds after which something that should have happened has not."""
 
@@ -111,3 +113,18 @@ async def nothing_comes(driver: NetDriver, pair: int = 0) -> bool:
         await driver.receive(pair)
         return False
     return True
+
+
+def without(*features: Feature) -> int:
+    return KNOWN_FEATURES & ~mask_of(features)
+
+
+async def ping_pong(a: NetDriver, b: NetDriver, count: int = 3, size: int = 60) -> None:
+    """Frames there and back, each with something of its own in it."""
+    for number in range(count):
+        there = frame(MAC_B, MAC_A, b"there %d" % number, size=size)
+        await a.send(there)
+        assert (await receive(b)).data == there
+        back = frame(MAC_A, MAC_B, b"back %d" % number, size=size)
+        await b.send(back)
+        assert (await receive(a)).data == back
