@@ -49,8 +49,18 @@ DEVICE: Final = "/sys/bus/pci/devices/0000:01:00.0"
 SUMMARY: Final = re.compile(r"(\d+) packets transmitted, (\d+) packets received")
 ROUND_TRIP: Final = re.compile(r"round-trip min/avg/max = (\S+) ms")
 
+
+class EchoesMissing(Exception):
+    """Not every echo request was sent, seen, answered and the answer seen."""
+
+
+class Stopped(Exception):
+    """The demo was told to end."""
+
+
 FAILURES: Final = (
     CommandFailed,
+    EchoesMissing,
     GuestFailed,
     NoNamespaces,
     ServerFailed,
@@ -59,10 +69,6 @@ FAILURES: Final = (
     OSError,
 )
 """What may go wrong without a mistake in the demo itself."""
-
-
-class Stopped(Exception):
-    """The demo was told to end."""
 
 
 @attrs.frozen
@@ -89,7 +95,7 @@ class Pings:
 
 
 async def demonstrate(account: Account, folder: Path) -> list[Pings]:
-    """The demo; what it found.  Raises one of `FAILURES`."""
+    """The demo; the pings, which are complete.  Raises one of `FAILURES`."""
     bed = Bed.find()
     account.tell("bed", bed.describe())
     log = Follower(folder / "server.log", server_line(account))
@@ -154,7 +160,10 @@ async def tell_driver(account: Account, guest: Guest) -> None:
 
 
 async def ping_both_ways(account: Account, guest: Guest, netns: Netns) -> list[Pings]:
-    """Echoes from the guest, then to it, with the frames at the TAP device told."""
+    """Echoes from the guest, then to it, with the frames at the TAP device told.
+
+    Raises `EchoesMissing`.
+    """
 
     def tell(reply: Echo) -> None:
         way = f"{GUEST} → {HOST}" if reply.destination == MAC else f"{HOST} → {GUEST}"
@@ -168,16 +177,25 @@ async def ping_both_ways(account: Account, guest: Guest, netns: Netns) -> list[P
         nursery.start_soon(wire.run)
         output = (await guest.execute(f"ping {' '.join(count)} {HOST}")).output
         await trio.sleep(LOG_SECONDS)
-        pings = [judge("guest → host", output, wire, MAC)]
+        outward = judge("guest → host", output, wire, MAC)
+        if not outward.complete:
+            raise EchoesMissing(str(outward))
         neighbours = (await netns.run("ip", "neigh", "show", "dev", TAP)).split()
         account.tell("host", f"has learnt that {neighbours[0]} is at {neighbours[2]}")
         output = await netns.run("ping", *count, GUEST)
         await trio.sleep(LOG_SECONDS)
-        pings.append(judge("host → guest", output, wire, host_mac))
+        inward = judge("host → guest", output, wire, host_mac)
+        if not inward.complete:
+            raise EchoesMissing(str(inward))
         nursery.cancel_scope.cancel()
-    sent, received = (
-        await guest.run("cd /sys/class/net/eth0/statistics; cat tx_packets rx_packets")
-    ).split()
+    await tell_counts(account, guest)
+    return [outward, inward]
+
+
+async def tell_counts(account: Account, guest: Guest) -> None:
+    """What the guest's kernel counted."""
+    statistics = "cd /sys/class/net/eth0/statistics; cat tx_packets rx_packets"
+    sent, received = (await guest.run(statistics)).split()
     vectors = (await guest.run("grep PCI-MSIX.*virtio0 /proc/interrupts")).splitlines()
     interrupts = sum(int(vector.split()[1]) for vector in vectors)
     account.tell(
@@ -185,7 +203,6 @@ async def ping_both_ways(account: Account, guest: Guest, netns: Netns) -> list[P
         f"eth0 has sent {sent} packets and received {received}; "
         f"{interrupts} interrupts on {len(vectors)} vectors",
     )
-    return pings
 
 
 def judge(name: str, output: str, wire: Wire, sender: str) -> Pings:
@@ -241,14 +258,13 @@ def run(account: Account, folder: Path) -> int:
     if stopped:
         account.verdict("Stopped; all that was started has ended.", good=False)
         return 130  # as a shell has it for SIGINT
-    for ping in pings:
-        account.verdict(str(ping), good=ping.complete)
-    failed += [f"echoes are missing, {ping.name}" for ping in pings if not ping.complete]
     for reason in failed:
         account.verdict(f"Failed: {reason}", good=False)
     if failed:
-        account.verdict(f"The logs are in {folder}", good=False)
+        account.verdict(f"The logs of the server, QEMU and the guest are in {folder}", good=False)
         return 1
+    for ping in pings:
+        account.verdict(str(ping), good=True)
     account.verdict("Packets flow both ways.", good=True)
     return 0
 

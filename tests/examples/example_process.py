@@ -1,0 +1,48 @@
+"""An example as its reader runs it: a process of its own, in a session of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROJECT: Final = Path(__file__).resolve().parents[2]
+EXAMPLES: Final = PROJECT / "examples"
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """As the Makefile sets it, with temporary files in `folder`."""
+    return {**os.environ, "PYTHONPATH": "server:.", "TMPDIR": str(folder), **more}
+
+
+def start_example(name: str, environ: Mapping[str, str], output: int) -> subprocess.Popen[str]:
+    """`examples/NAME`, its output to `output`; in a new session, so that all it starts is found."""
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=PROJECT,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes_of(session: int) -> list[str]:
+    """The command lines of the processes that are left of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if int(text.rpartition(")")[2].split()[3]) == session:
+            found.append(command.replace(b"\0", b" ").decode(errors="replace"))
+    return found
