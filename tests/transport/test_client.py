@@ -17,6 +17,11 @@ from vfio_user_virtio.device import VfioRegion
 from vfio_user_virtio.errors import ConnectionLost, RemoteError
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, MAX_PENDING_REQUESTS
 from vfio_user_virtio.protocol.header import ERROR, NO_REPLY, REPLY, Command
+from vfio_user_virtio.protocol.region_io_fds import (
+    IoFd,
+    decode_region_io_fds_request_untrusted,
+    encode_region_io_fds_reply,
+)
 from vfio_user_virtio.protocol.version import TwinSocketCapability
 from vfio_user_virtio.transport.client import PROPOSAL, Client, connect_socket
 from vfio_user_virtio.transport.endpoint import Endpoint
@@ -250,6 +255,29 @@ async def test_region_information_of_absurd_size(argsz: int) -> None:
         nursery.start_soon(answer)
         with pytest.raises(ConnectionLost):
             await client.region_info(0)
+
+
+async def test_region_io_fds_are_asked_for_again_with_room_for_them() -> None:
+    async with connected() as (client, endpoint), trio.open_nursery() as nursery:
+        entries = tuple(IoFd(offset, 4, index, 0) for index, offset in enumerate((0, 8)))
+
+        async def answer() -> None:
+            fds = [os.eventfd(0), os.eventfd(0)]
+            for expected in (16, 16 + 2 * 40):
+                command = await next_command(endpoint)
+                request = decode_region_io_fds_request_untrusted(command.payload)
+                assert request.argsz == expected
+                payload = encode_region_io_fds_reply(request, entries)
+                await endpoint.send(reply(command, payload), fds)
+            for fd in fds:
+                os.close(fd)
+
+        nursery.start_soon(answer)
+        found, fds = await client.region_io_fds(0)
+        assert found == entries
+        assert len(fds) == 2
+        for fd in fds:
+            os.close(fd)
 
 
 async def test_many_tasks_share_a_client() -> None:

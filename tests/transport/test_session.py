@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import select
@@ -18,6 +17,7 @@ from tests.transport.memory_device import (
     CONFIG_SIZE,
     READ_WRITE,
 )
+from tests.transport.payloads import sealed
 from tests.transport.served import RawClient, client_of, open_fds, served
 from vfio_user_virtio.device import (
     U64_END,
@@ -40,16 +40,9 @@ from vfio_user_virtio.errors import RemoteError
 from vfio_user_virtio.limits import MAX_VERSION_REPLY_SIZE
 from vfio_user_virtio.protocol.header import HEADER_SIZE
 from vfio_user_virtio.transport.client import PROPOSAL
-from vfio_user_virtio.transport.session import SessionState
+from vfio_user_virtio.transport.session_state import SessionState
 
 BOTH = DmaAccess.READ | DmaAccess.WRITE
-
-
-def sealed_memory(size: int) -> int:
-    fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return fd
 
 
 def is_signalled(fd: int) -> bool:
@@ -220,7 +213,7 @@ async def test_set_irqs_without_eventfds(request_: IrqRequest) -> None:
 
 async def test_memory_is_mapped_and_unmapped() -> None:
     async with served() as one, client_of(one) as client:
-        fd = sealed_memory(0x3000)
+        fd = sealed(0x3000)
         await client.dma_map(DmaMapping(0x10000, 0x2000, BOTH, fd, 0x1000))
         await client.dma_map(DmaMapping(U64_END - 0x1000, 0x1000, BOTH))
         view = one.device.guest.view(0x10000, 0x1000, True)

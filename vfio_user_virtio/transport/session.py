@@ -24,7 +24,6 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Final
 
-import attrs
 import trio
 
 from vfio_user_virtio.errors import ClientError, ConnectionLost
@@ -48,10 +47,11 @@ from vfio_user_virtio.protocol.version import (
 from vfio_user_virtio.transport.commands import Commands
 from vfio_user_virtio.transport.endpoint import Endpoint
 from vfio_user_virtio.transport.remote_memory import ClientMemory
-from vfio_user_virtio.transport.requests import MessageIds, Requests, command_name
+from vfio_user_virtio.transport.requests import Requests, command_name
+from vfio_user_virtio.transport.session_state import SessionState, SessionStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
 
     from vfio_user_virtio.device import Device
@@ -61,32 +61,6 @@ logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 0
 """Under this number, which no command has, those are counted that no specification knows."""
-
-
-@attrs.define
-class SessionState:
-    """What a session knows and a successor would have to: plain data, no handles.
-
-    `version` is what was negotiated, None before; `message_ids` numbers our own commands.
-    """
-
-    version: Version | None = None
-    message_ids: MessageIds = attrs.field(factory=MessageIds)
-
-
-@attrs.frozen
-class SessionStatistics:
-    """What a session has done so far.
-
-    `commands` counts the client's by name, those that no specification has as "unknown"; `errors`
-    those that were refused; bytes are whole messages.  `version` is None before VERSION.
-    """
-
-    commands: Mapping[str, int]
-    errors: int
-    bytes_received: int
-    bytes_sent: int
-    version: Version | None
 
 
 class Session:
