@@ -1,4 +1,4 @@
-"""Payloads as the specification lays them out, without the encoders of the library; memory to map."""
+"""Payloads as the specification lays them out, without the library; and memory to map."""
 
 from __future__ import annotations
 
