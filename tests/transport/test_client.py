@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.transport.served import PATIENCE, client_of, message, open_fds, served, version
-from vfio_user_virtio.device import VfioRegion
+from vfio_user_virtio.device import FeatureOperation, VfioRegion
 from vfio_user_virtio.errors import ConnectionLost, RemoteError
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, MAX_PENDING_REQUESTS
 from vfio_user_virtio.protocol.header import ERROR, NO_REPLY, REPLY, Command
@@ -255,6 +255,28 @@ async def test_region_information_of_absurd_size(argsz: int) -> None:
         nursery.start_soon(answer)
         with pytest.raises(ConnectionLost):
             await client.region_info(0)
+
+
+@pytest.mark.parametrize("what", ["region_info", "region_io_fds", "feature"])
+async def test_answer_that_grows_whenever_it_is_asked_for(what: str) -> None:
+    async with connected() as (client, endpoint), trio.open_nursery() as nursery:
+
+        async def answer() -> None:
+            while True:
+                command = await next_command(endpoint)
+                argsz, flags = struct.unpack_from("<II", command.payload)
+                payload = struct.pack("<IIIIQQ", argsz + 1, flags, 0, 0, 0, 0)
+                await endpoint.send(reply(command, payload))
+
+        nursery.start_soon(answer)
+        with pytest.raises(ConnectionLost, match="asked for"):
+            if what == "feature":
+                await client.feature(1, FeatureOperation.GET)
+            elif what == "region_info":
+                await client.region_info(0)
+            else:
+                await client.region_io_fds(0)
+        nursery.cancel_scope.cancel()
 
 
 async def test_region_io_fds_are_asked_for_again_with_room_for_them() -> None:

@@ -98,6 +98,9 @@ if TYPE_CHECKING:
 PROPOSAL: Final = attrs.evolve(OWN_CAPABILITIES, twin_socket=None)
 """What a client proposes if not told otherwise: like QEMU, everything but the twin socket."""
 
+_MAX_ASKS: Final = 3
+"""How often to ask with a larger argsz; once is what it takes, unless the answer has changed."""
+
 
 class ServedMemory(Protocol):
     """What DMA_READ and DMA_WRITE reach.  OSError becomes an error reply with its errno."""
@@ -131,33 +134,32 @@ class Client:
     async def region_info(self, index: int) -> RegionInfo:
         """Region `index`; its fd, if there is one, is the caller's to close."""
         argsz = REGION_INFO_SIZE
-        while True:
+        for _ in range(_MAX_ASKS):
             frame = await self._requests.request_frame(
                 Command.DEVICE_GET_REGION_INFO, encode_region_info_request(index, argsz)
             )
             with _closing(frame.fds) as fds:
                 reply = decode_region_info_reply_untrusted(frame.payload)
-                if reply.argsz > max(argsz, self.version.capabilities.max_data_xfer_size):
-                    raise ConnectionLost(f"information of {reply.argsz} bytes about a region")
-                if reply.argsz > argsz:
-                    argsz = reply.argsz
-                    continue
-                return attrs.evolve(reply.info, fd=fds.pop() if fds else None)
+                if reply.argsz <= argsz:
+                    return attrs.evolve(reply.info, fd=fds.pop() if fds else None)
+            argsz = self._room(reply.argsz)
+        raise ConnectionLost(f"information about region {index} grows while it is asked for")
 
     async def region_io_fds(self, index: int) -> tuple[tuple[IoFd, ...], list[int]]:
         """The entries of region `index`, and their fds, which are the caller's to close."""
         argsz = REGION_IO_FDS_SIZE
-        while True:
+        for _ in range(_MAX_ASKS):
             frame = await self._requests.request_frame(
                 Command.DEVICE_GET_REGION_IO_FDS, encode_region_io_fds_request(index, argsz)
             )
             with _closing(frame.fds) as fds:
                 reply = decode_region_io_fds_reply_untrusted(frame.payload, len(fds))
-                if reply.argsz <= argsz or argsz > REGION_IO_FDS_SIZE:
+                if reply.argsz <= argsz:
                     taken = fds[:]
                     fds.clear()
                     return reply.entries, taken
-                argsz = reply.argsz
+            argsz = self._room(reply.argsz)
+        raise ConnectionLost(f"io fds of region {index} grow while they are asked for")
 
     async def irq_info(self, index: int) -> IrqInfo:
         reply = await self._requests.request(
@@ -222,7 +224,7 @@ class Client:
     ) -> bytes:
         """DEVICE_FEATURE; the data of the reply, for which `room` bytes are offered at first."""
         argsz = DEVICE_FEATURE_SIZE + max(len(data), room)
-        while True:
+        for _ in range(_MAX_ASKS):
             request = FeatureRequest(index, operation, data, argsz)
             payload = await self._requests.request(
                 Command.DEVICE_FEATURE, encode_feature_request(request)
@@ -230,7 +232,8 @@ class Client:
             reply = decode_feature_reply_untrusted(payload, request)
             if reply.argsz <= argsz:
                 return reply.data
-            argsz = reply.argsz
+            argsz = self._room(reply.argsz)
+        raise ConnectionLost(f"device feature {index} grows while it is asked for")
 
     async def migration_read(self, count: int) -> bytes:
         """Up to `count` bytes of device state; fewer means that no more is there now."""
@@ -256,6 +259,13 @@ class Client:
             twin = self.version.capabilities.twin_socket
             if twin is not None and twin.fd_index is not None:
                 self.twin = _twin_endpoint(fds.pop(twin.fd_index))
+
+    def _room(self, argsz: int) -> int:
+        """`argsz`, unless no reply could be that large."""
+        limit = self.version.capabilities.max_data_xfer_size
+        if argsz > limit:
+            raise ConnectionLost(f"the server has a reply of {argsz} bytes, at most {limit} fit")
+        return argsz
 
     async def receive(self, endpoint: Endpoint) -> None:
         """Take in what comes by `endpoint` until the server goes.  For `connect_socket`."""
