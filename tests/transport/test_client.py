@@ -27,7 +27,7 @@ from vfio_user_virtio.transport.client import PROPOSAL, Client, connect_socket
 from vfio_user_virtio.transport.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from vfio_user_virtio.protocol.framing import Frame
 
@@ -269,13 +269,13 @@ async def test_answer_that_grows_whenever_it_is_asked_for(what: str) -> None:
                 await endpoint.send(reply(command, payload))
 
         nursery.start_soon(answer)
+        ask: dict[str, Callable[[], Awaitable[object]]] = {
+            "region_info": lambda: client.region_info(0),
+            "region_io_fds": lambda: client.region_io_fds(0),
+            "feature": lambda: client.feature(1, FeatureOperation.GET),
+        }
         with pytest.raises(ConnectionLost, match="asked for"):
-            if what == "feature":
-                await client.feature(1, FeatureOperation.GET)
-            elif what == "region_info":
-                await client.region_info(0)
-            else:
-                await client.region_io_fds(0)
+            await ask[what]()
         nursery.cancel_scope.cancel()
 
 
