@@ -119,12 +119,20 @@ def without(*features: Feature) -> int:
     return KNOWN_FEATURES & ~mask_of(features)
 
 
-async def ping_pong(a: NetDriver, b: NetDriver, count: int = 3, size: int = 60) -> None:
+async def ping_pong(
+    a: NetDriver,
+    b: NetDriver,
+    count: int = 3,
+    size: int = 60,
+    *,
+    sender: bytes = MAC_A,
+    to: bytes = MAC_B,
+) -> None:
     """Frames there and back, each with something of its own in it."""
     for number in range(count):
-        there = frame(MAC_B, MAC_A, b"there %d" % number, size=size)
+        there = frame(to, sender, b"there %d" % number, size=size)
         await a.send(there)
         assert (await receive(b)).data == there
-        back = frame(MAC_A, MAC_B, b"back %d" % number, size=size)
+        back = frame(sender, to, b"back %d" % number, size=size)
         await b.send(back)
         assert (await receive(a)).data == back
