@@ -19,7 +19,7 @@ import attrs
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 COMMAND: Final = str(Path(sys.executable).with_name("vfio-user-virtio"))
 START_SECONDS: Final = 20
@@ -67,12 +67,15 @@ class ServerProcess:
 
 @asynccontextmanager
 async def serve(
-    folder: Path, *argv: str, wrap: Callable[[list[str]], list[str]] | None = None
+    folder: Path,
+    *argv: str,
+    wrap: Callable[[list[str]], list[str]] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[ServerProcess]:
     """`vfio-user-virtio serve ARGV`, ready for clients; raises `ServerFailed`.
 
     `folder`, which is there, gets its log.  `wrap` turns the command into the one that is run
-    (`Netns.wrap`).
+    (`Netns.wrap`); it keeps the descriptors `pass_fds`.
     """
     path = folder / "server.log"
     address = folder / "notify"
@@ -85,6 +88,7 @@ async def serve(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            pass_fds=pass_fds,
             env={**os.environ, "NOTIFY_SOCKET": str(address)},
         )
         server = ServerProcess(process, path)
