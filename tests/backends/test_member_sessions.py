@@ -227,3 +227,23 @@ async def test_one_sessions_failure_leaves_the_others_alone() -> None:
                 await client.endpoint.send(generator.randbytes(size))
                 await ping_pong(db, dc, to=MAC_C, sender=MAC_B)
                 client.close()
+
+
+@pytest.mark.xfail(reason="a member goes on running for its next client", strict=False)
+async def test_the_next_clients_memory_is_left_alone_until_its_driver_is_ready() -> None:
+    async with guests(*configs(MAC_A, MAC_B)) as (a, b):
+        da, db = a.driver(), b.driver()
+        await da.start()
+        await db.start()
+        await ping_pong(da, db)
+        before = bytes(a.ram.view(a.ram.iova, a.ram.size))
+        a.client.close()
+        await trio.testing.wait_all_tasks_blocked()
+        with GuestRam(a.ram.size) as ram:
+            ram.view(ram.iova, ram.size)[:] = before
+            async with served(a.member, memory=ram) as client:
+                await ram.map(client)
+                await db.send(frame(MAC_A, MAC_B, b"not for you"))
+                await db.flush()
+                await trio.testing.wait_all_tasks_blocked()
+                assert bytes(ram.view(ram.iova, ram.size)) == before
