@@ -4,5 +4,5 @@
 - `guest_ram.GuestRam`: sealed memory with an allocator, mapped into the device or served to it
 - `driver_queue.DriverQueue` and `Ring`: the driver's side of a split virtqueue, and no rules at all
 - `virtio_pci.VirtioPci`: virtio's PCI transport: structures, registers, queues, interrupts, resets
-- `net_driver.NetDriver`: a virtio-net driver made of these; `net_header`, `control_commands` with it
+- `net_driver.NetDriver`: a virtio-net driver made of these, with `net_header`, `control_commands`
 """
