@@ -79,11 +79,17 @@ def _tap(
     from vfio_user_virtio.backends.software.uplinks.tap import TapUplink
     from vfio_user_virtio.backends.software.uplinks.tun_device import open_tap, tap_from_fd
 
-    if isinstance(config, values.TapUplink):
-        device = open_tap(config.name)
-    else:
-        device = tap_from_fd(config.fd)
-        os.set_inheritable(device.fd, False)
+    try:
+        if isinstance(config, values.TapUplink):
+            device = open_tap(config.name)
+        else:
+            device = tap_from_fd(config.fd)
+            os.set_inheritable(device.fd, False)
+    except OSError as error:
+        raise HostError(
+            f"cannot use {config}: {error.strerror}; if this is a sandbox, pass an open TAP device "
+            "as tap-fd:N"
+        ) from None
     uplink = TapUplink(switch, device)
     closers.callback(uplink.close)
     return uplink

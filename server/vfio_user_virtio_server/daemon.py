@@ -179,8 +179,11 @@ def _adopted(fd: int, how: str) -> tuple[_Door, str]:
 
 def _allow_many_descriptors() -> None:
     """Raise the soft limit to the hard one: every session brings eventfds and memory."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:  # a sandbox may forbid it, and set it itself
+        _log.debug("cannot raise the limit of open descriptors: %s", error)
 
 
 def _summary(owners: Sequence[Owner]) -> str:
