@@ -17,15 +17,14 @@ server=$(dirname "$0")/../.venv/bin/vfio-user-virtio
 [ -x "$server" ] || server=vfio-user-virtio
 
 cat <<END
-Add this to your QEMU (10.1 or newer; 11.1.3 is the one that is tested), on x86:
+Add this to your QEMU (vfio-user-pci is there since 10.1; 11.1.3 is what is tested), on x86:
 
     -machine q35,memory-backend=ram -m 1G \\
     -object memory-backend-memfd,id=ram,size=1G,share=on \\
     -device pcie-root-port,id=port1,slot=1 \\
     -device '{"driver":"vfio-user-pci","bus":"port1","x-msg-timeout":60000,"socket":{"type":"unix","path":"$socket"}}'
 
-share=on           Without it QEMU still sends a file for guest memory, but a private copy: the
-                   guest sees nothing of what the device writes, and nobody can tell.
+share=on           Without it guest and device see different memory, and neither can tell.
 x-msg-timeout      Milliseconds that QEMU waits for a reply.  After that the device is lost for
                    good; the default of 5000 is little for a host that is busy or suspended.
 Ending the server  Not before QEMU: without it QEMU aborts when it next re-maps memory, for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ def start_example(name: str, environ: Mapping[str, str], output: int) -> subproc
         text=True,
         start_new_session=True,
     )
+
+
+def shell_words(text: str) -> list[str]:
+    """The words of a command that is broken into lines by backslashes."""
+    return shlex.split(text.replace("\\\n", " "))
 
 
 def processes_of(session: int) -> list[str]:
