@@ -12,7 +12,7 @@ help:
 	@echo 'make test   everything that CI runs: lint, types, unit tests, coverage, guests'
 	@echo 'make unit   the tests that need no guest'
 	@echo 'make e2e    the tests that boot one'
-	@echo 'make bench  measure against peers in the same run'
+	@echo 'make bench  measure against peers in the same run; BENCH="--quick guest" says what'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make setup  only .venv and the test bed'
 	@echo 'make clean  remove what these made here; the cache stays'
@@ -41,7 +41,7 @@ e2e: setup
 	$(PYTHON) -m pytest -m e2e tests
 
 bench: setup
-	$(PYTHON) -m tests.bench
+	$(PYTHON) -m tests.bench $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

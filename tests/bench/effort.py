@@ -1,0 +1,65 @@
+"""How much is measured: the same benchmarks, long enough to believe, quick, or only to try them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+
+@attrs.frozen
+class Effort:
+    """Blocks alternate between the contenders; all counts are per contender.
+
+    `round_trips` per block of register accesses, `starts` of each server, `idle_seconds` watched,
+    `members` beside the first, `maps` numbers of DMA mappings, `pairs` of samples of each kind of
+    guest traffic: transfers of `seconds`, blocks of `pings`.
+    """
+
+    name: str
+    blocks: int
+    round_trips: int
+    starts: int
+    idle_seconds: float
+    members: int
+    maps: tuple[int, ...]
+    pairs: int
+    seconds: int
+    pings: int
+
+
+FULL: Final = Effort(
+    name="full",
+    blocks=20,
+    round_trips=1_000,
+    starts=10,
+    idle_seconds=5,
+    members=100,
+    maps=(1, 1_000, 65_535),
+    pairs=5,
+    seconds=2,
+    pings=40,
+)
+QUICK: Final = attrs.evolve(
+    FULL,
+    name="quick",
+    blocks=5,
+    starts=3,
+    idle_seconds=2,
+    members=20,
+    pairs=1,
+    pings=20,
+)
+TINY: Final = Effort(
+    name="tiny",
+    blocks=2,
+    round_trips=20,
+    starts=1,
+    idle_seconds=0.1,
+    members=2,
+    maps=(1, 20),
+    pairs=1,
+    seconds=1,
+    pings=3,
+)
+"""Proves that a benchmark works; its figures mean nothing."""
