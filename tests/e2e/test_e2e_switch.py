@@ -10,7 +10,7 @@ import attrs
 import pytest
 import trio
 
-from tests.e2e import traffic
+from tests.e2e import hostile, traffic
 from tests.e2e.served import TAP_MACHINE, boot_on
 from tests.testbed.server_process import serve
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 MACHINE = attrs.evolve(TAP_MACHINE, modules=("virtio_net", "8021q"))
+ATTACKS = 200
 LEFT = "10.0.0.11"
 RIGHT = "10.0.0.12"
 LEFT_VLAN = "10.0.5.11"
@@ -113,3 +114,33 @@ async def test_two_devices_in_one_guest(bed: Bed, netns: Netns, tmp_path: Path) 
         await traffic.check_tcp(guest, netns, host="10.0.0.1")
         await traffic.check_tcp(guest, netns, host="10.0.1.1")
         assert await guest.kernel_complaints() == []
+
+
+async def test_a_hostile_client_next_door(bed: Bed, netns: Netns, tmp_path: Path) -> None:
+    """A guest's traffic goes on while another member's socket is fed what no client sends."""
+    await traffic.add_tap(netns)
+    config = tmp_path / "doors.toml"
+    config.write_text(
+        f'[[owner]]\nuplink = "tap:{traffic.TAP}"\n'
+        f'[[owner.member]]\nmac = "{traffic.MAC}"\nsocket_path = "{tmp_path}/good.sock"\n'
+        f'[[owner.member]]\nsocket_path = "{tmp_path}/bad.sock"\n'
+    )
+    async with (
+        serve(tmp_path, "--config", str(config), wrap=netns.wrap) as server,
+        boot_on(bed, TAP_MACHINE, tmp_path, tmp_path / "good.sock") as guest,
+    ):
+        await traffic.configure(guest)
+        await traffic.check_ping(guest, netns)
+        quiet = server.usage()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(traffic.check_integrity, guest, netns)
+            nursery.start_soon(guest.run, f"ping -c 20 -i 0.2 -W 5 {traffic.HOST}")
+            for seed in range(ATTACKS):
+                await hostile.attack(tmp_path / "bad.sock", seed)
+        await traffic.check_tcp(guest, netns)
+        after = server.usage()
+        assert (after.fds, after.threads) == (quiet.fds, quiet.threads), (quiet, after)
+        async with boot_on(bed, TAP_MACHINE, tmp_path / "new", tmp_path / "bad.sock") as newcomer:
+            await traffic.configure(newcomer, address=RIGHT)
+            await newcomer.run(f"ping -c 2 -W 5 {traffic.HOST}")
+            await newcomer.run(f"ping -c 2 -W 5 {traffic.GUEST}")
