@@ -229,7 +229,6 @@ async def test_one_sessions_failure_leaves_the_others_alone() -> None:
                 client.close()
 
 
-@pytest.mark.xfail(reason="a member goes on running for its next client", strict=False)
 async def test_the_next_clients_memory_is_left_alone_until_its_driver_is_ready() -> None:
     async with guests(*configs(MAC_A, MAC_B)) as (a, b):
         da, db = a.driver(), b.driver()

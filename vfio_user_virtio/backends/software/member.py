@@ -6,7 +6,9 @@ rings that run, and the switch where frames come from and go to.  Commands of th
 registers at once; kicks are only noted, and `work` handles all that a batch brought in one pass.
 
 A member runs (`running`) while its driver is ready, it may do DMA, and a session is there.  When it
-stops for whatever reason its queues are let go of; their positions stay, so that it can go on.
+stops for whatever reason its queues are let go of; their positions stay, so that it can go on.  Its
+registers outlive a client that vanished, but whose memory the next client brings nobody knows: it
+is left alone until a kick shows that the driver is still the same, or the device has been reset.
 
 What a driver does wrong ends in DEVICE_NEEDS_RESET and one line in the log.  One thing is not held
 against it: memory that is missing when a frame comes in from outside.  QEMU re-maps guest RAM in
@@ -103,6 +105,8 @@ class Member:
         self._switch = switch
         self._link_up = True
         self._in_session = False
+        self._left_over = False
+        """The driver was ready in an earlier session, and has not been heard of in this one."""
         self._kicked = 0
         self._again = 0
         self._wake = trio.Event()
@@ -179,6 +183,7 @@ class Member:
 
     async def release(self) -> None:
         self._in_session = False
+        self._left_over = True
         self._update_running()
         self._queues.access = None
         self.memory.clear()
@@ -187,6 +192,9 @@ class Member:
     def work(self) -> None:
         kicked, self._kicked = self._kicked, 0
         again, self._again = self._again, 0
+        if kicked and self._left_over:
+            self._left_over = False
+            self._update_running()
         if not self.running or not (kicked or again):
             return
         try:
@@ -212,6 +220,7 @@ class Member:
         self.state.filter.filter_vlans = bool(features & Feature.CTRL_VLAN.mask)
 
     def driver_ok(self) -> None:
+        self._left_over = False
         self._update_running()
 
     def queue_enabled(self, index: int) -> None:
@@ -226,6 +235,7 @@ class Member:
         self._kicked &= ~(1 << index)
 
     def device_reset(self) -> None:
+        self._left_over = False
         self._update_running()
         self._queues.positions.clear()
         self._kicked = self._again = 0
@@ -260,7 +270,12 @@ class Member:
         self.device_reset()
 
     def _update_running(self) -> None:
-        running = self._in_session and self.function.common.live and self.function.may_dma
+        running = (
+            self._in_session
+            and not self._left_over
+            and self.function.common.live
+            and self.function.may_dma
+        )
         if running == self.running:
             return
         self.running = running
@@ -358,7 +373,8 @@ class Member:
 
     @property
     def offloads(self) -> Offload:
-        return Offload(self.state.guest_offloads)
+        offloads = Offload(self.state.guest_offloads)
+        return offloads if offloads & Offload.CSUM else Offload(0)
 
     @property
     def up(self) -> bool:
@@ -399,7 +415,11 @@ class Member:
                 if not self._deliver_to(self._receiving_pair, receiver.reserved(size), size):
                     self._missed += 1
                 return
-        receiver.commit(size)
+        try:
+            receiver.commit(size)
+        except (DriverError, RemoteOnly):
+            self._missed += 1
+            self._queues.close()
 
     def _deliver_to(self, pair: int, frame: Frame, size: int) -> bool:
         try:

@@ -10,7 +10,8 @@ buffer that is large enough, and one that is too long is dropped, as the standar
 
 When the driver has posted less than the largest frame needs, an uplink reads into what there is
 and, behind it, into a spill area of the process.  A frame that reached the spill area is held
-until there is room, so that a small ring loses nothing.
+until there is room, so that a small ring loses nothing.  Where the driver's buffers are in more
+pieces than one readv takes, the spill area is all the room there is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.ports import Buffer
     from vfio_user_virtio.virtio.split_queue import SplitQueue
+
+MAX_PARTS: Final = 1_023
+"""Pieces that one readv takes (UIO_MAXIOV), less the spill area."""
 
 LARGEST: Final = limits.MAX_FRAME_SIZE + NET_HEADER_SIZE
 _NUM_BUFFERS: Final = 10
@@ -41,6 +45,7 @@ class Receiver:
         "_kicks",
         "_mergeable",
         "_queue",
+        "_room",
         "_views",
         "too_long",
     )
@@ -51,6 +56,8 @@ class Receiver:
         self._chains: list[tuple[int, int, int]] = []
         """Taken from the ring, oldest first: head, how many views, how many bytes."""
         self._views: list[memoryview] = []
+        self._room: Sequence[memoryview] = ()
+        """What `reserve` gave last."""
         self._capacity = 0
         self._held: bytes | None = None
         self._kicks = True
@@ -62,28 +69,29 @@ class Receiver:
         """Room for the largest frame, the driver's buffers first; None if it has posted none."""
         if self._held is not None and not self._release_held():
             return None
-        if self._capacity > LARGEST:
-            return self._views
+        views = self._views
         if self._mergeable:
-            while self._capacity <= LARGEST and self._take():
+            while self._capacity <= LARGEST and len(views) < MAX_PARTS and self._take():
                 pass
-            if self._capacity > LARGEST:
-                return self._views
-        while not self._views and not self._take():
+        while not views and not self._take():
             if self._starved():
                 return None
-        return [*self._views, _SPILL]
-
-    def commit(self, size: int) -> bool:
-        """The reserved room holds `size` bytes; whether the driver has them now."""
-        if size <= self._capacity:
-            self._finish(size)
-            return True
-        if self._mergeable:
-            self._held = b"".join([*self._views, _SPILL])[:size]
+        if len(views) >= MAX_PARTS:
+            self._room = (_SPILL,)
+        elif self._capacity > LARGEST:
+            self._room = views
         else:
-            self.too_long += 1
-        return False
+            self._room = [*views, _SPILL]
+        return self._room
+
+    def commit(self, size: int) -> None:
+        """The reserved room holds a frame of `size` bytes: give it to the driver, or hold it."""
+        if size <= self._capacity and self._room[0] is not _SPILL:
+            self._finish(size)
+            return
+        frame = self._reserved(size)
+        if not self._deliver((frame,), size):
+            self._held = frame
 
     def deliver(self, frame: Sequence[Buffer], size: int) -> bool:
         """Copy a frame of `size` bytes in; False if there is no room now."""
@@ -120,15 +128,15 @@ class Receiver:
 
     def peek(self, size: int) -> bytes:
         """The first `size` bytes of the reserved room, or as many as it has."""
-        first = self._views[0]
-        if len(first) >= size:
-            return bytes(first[:size])
-        return b"".join(self._views)[:size]
+        first = self._room[0]
+        return bytes(first[:size]) if len(first) >= size else self._reserved(size)
 
     def reserved(self, size: int) -> Sequence[Buffer]:
         """The first `size` bytes of the reserved room, as a frame for another queue's `deliver`."""
-        whole = memoryview(b"".join([*self._views, _SPILL]))
-        return (whole[:size],)
+        return (self._reserved(size),)
+
+    def _reserved(self, size: int) -> bytes:
+        return b"".join(self._room)[:size]
 
     def forget(self) -> None:
         """Give back every buffer that was taken and not filled, and drop the views."""
@@ -136,6 +144,7 @@ class Receiver:
             self._queue.give_back(len(self._chains))
             self._chains.clear()
             self._views.clear()
+            self._room = ()
             self._capacity = 0
 
     def _take(self) -> bool:

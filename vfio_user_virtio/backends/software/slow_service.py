@@ -12,6 +12,7 @@ from the switch's side.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.ports import Buffer
     from vfio_user_virtio.backends.software.transmitter import Headers
     from vfio_user_virtio.virtio.slow_queue import Piece, SlowChain, SlowQueue
+
+_log: Final = logging.getLogger(__name__)
 
 BACKLOG_FRAMES: Final = 64
 BACKLOG_BYTES: Final = 16 * LARGEST
@@ -68,9 +71,8 @@ class SlowReceiver:
     def reserve(self) -> Sequence[memoryview] | None:
         return (_BOUNCE,) if self._has_room(LARGEST) else None
 
-    def commit(self, size: int) -> bool:
+    def commit(self, size: int) -> None:
         self._append(bytes(_BOUNCE[:size]))
-        return True
 
     def deliver(self, frame: Sequence[Buffer], size: int) -> bool:
         if not self._has_room(size):
@@ -254,9 +256,13 @@ class SlowService:
             wanted = await worker.queue.should_interrupt()
         except QueueStopped:
             return
+        except ConnectionLost as lost:
+            _log.info(
+                "queue %d waits for its next kick: guest memory is out of reach: %s", index, lost
+            )
         except DriverError as error:
             self._failed(error)
-        except (RemoteError, ConnectionLost) as error:
+        except RemoteError as error:
             self._failed(DriverError(f"guest memory without an fd could not be reached: {error}"))
         else:
             if wanted:
