@@ -8,7 +8,6 @@ time, so one that a VM uses answers when the VM has gone, which here means: not 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import json
@@ -21,29 +20,37 @@ import trio
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.transport.client import connect_socket
-from vfio_user_virtio_server import log, sockets
+from vfio_user_virtio_server import log, sockets, values
+from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.device_facts import DeviceFacts, read_device
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator
 
     from vfio_user_virtio_server.pci_facts import PciFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--socket-path", metavar="PATH", required=True, help="the server's socket")
+    parser.add_argument(
+        "--socket-path",
+        metavar="PATH",
+        required=True,
+        type=argument(values.parse_socket_path),
+        help="the server's socket",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=argument(_seconds),
         default=5.0,
         help="how long the server may take for everything (default: 5)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    facts = trio.run(_probe, options.socket_path, options.timeout)
+    facts = trio.run(read, options.socket_path, options.timeout)
     if options.json:
         print(json.dumps({"socket": options.socket_path, **attrs.asdict(facts)}, indent=2))
     else:
@@ -51,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     return os.EX_OK
 
 
-async def _probe(path: str, seconds: float) -> DeviceFacts:
+async def read(path: str, seconds: float) -> DeviceFacts:
+    """What the server at `path` says within `seconds`.  Raises HostError, ConnectionLost."""
     with trio.move_on_after(seconds):
         async with connect_socket(await _connect(path)) as client:
             return await read_device(client)
@@ -185,4 +193,4 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) <= 3600:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
+    raise ValueError(f"{text!r} is not a number of seconds from 0 to 3600")

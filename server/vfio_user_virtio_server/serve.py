@@ -8,13 +8,13 @@ asks of a server, which also must not fork into the background.
 
 from __future__ import annotations
 
-import argparse
 import os
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import values
+from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.config import (
     NEXT_INHERITED,
     OwnerConfig,
@@ -27,9 +27,7 @@ from vfio_user_virtio_server.config import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_T = TypeVar("_T")
+    import argparse
 
 DEVICE_OPTIONS: Final = (
     "mac",
@@ -56,26 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sockets.add_argument(
         "--socket-path",
         metavar="PATH",
-        type=_argument(values.parse_socket_path),
+        type=argument(values.parse_socket_path),
         help="make a socket there; a stale one is replaced",
     )
     sockets.add_argument(
         "--fd",
         metavar="N",
-        type=_argument(values.parse_fd),
+        type=argument(values.parse_fd),
         help="a socket that was passed: one that listens, or a connected one",
     )
     sockets.add_argument("--config", metavar="FILE", help="a TOML file with several devices")
     where.add_argument(
         "--socket-mode",
         metavar="MODE",
-        type=_argument(values.parse_mode),
+        type=argument(values.parse_mode),
         help="permission bits of the socket in octal (default: by umask)",
     )
     where.add_argument(
         "--socket-group",
         metavar="GROUP",
-        type=_argument(values.parse_name),
+        type=argument(values.parse_name),
         help="group of the socket, for example that of QEMU's user",
     )
     where.add_argument(
@@ -85,37 +83,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument(
         "--mac",
         metavar="ADDRESS",
-        type=_argument(values.parse_mac),
+        type=argument(values.parse_mac),
         help="MAC address (default: derived from this host)",
     )
     device.add_argument(
         "--mtu",
         metavar="BYTES",
-        type=_argument(values.parse_number),
+        type=argument(values.parse_number),
         help="MTU that the guest is told, 68 to 65535",
     )
     device.add_argument(
         "--queue-pairs",
         metavar="N",
-        type=_argument(values.parse_number),
+        type=argument(values.parse_number),
         help="RX/TX queue pairs, 1 to 8 (default: 1)",
     )
     device.add_argument(
         "--uplink",
         metavar="UPLINK",
-        type=_argument(values.parse_uplink),
+        type=argument(values.parse_uplink),
         help=f"{values.UPLINK_FORMS} (default: none)",
     )
     device.add_argument(
         "--pcap",
         metavar="FILE",
-        type=_argument(values.parse_path),
+        type=argument(values.parse_path),
         help="capture what the guest sends and gets",
     )
     device.add_argument(
         "--max-tx-rate",
         metavar="RATE",
-        type=_argument(values.parse_rate),
+        type=argument(values.parse_rate),
         help="the most that the guest may send, such as 500mbit (default: no limit)",
     )
     device.add_argument(
@@ -169,15 +167,3 @@ def _socket(options: argparse.Namespace) -> SocketConfig:
 
 def _usage(message: str) -> HostError:
     return HostError(message, exit_code=os.EX_USAGE)
-
-
-def _argument(grammar: Callable[[str], _T]) -> Callable[[str], _T]:
-    """`grammar` as argparse wants it: its message is shown only in argparse's own exception."""
-
-    def parse(text: str) -> _T:
-        try:
-            return grammar(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse

@@ -43,17 +43,18 @@ def run(
     *arguments: str | os.PathLike[str],
     pass_fds: Sequence[int] = (),
     prefix: Sequence[str] = (),
-    variables: dict[str, str] | None = None,
+    stdout: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
         [*prefix, *COMMAND, *(os.fspath(argument) for argument in arguments)],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=SECONDS,
         check=False,
         pass_fds=pass_fds,
-        env=environment() | (variables or {}),
+        env=environment(),
     )
 
 
