@@ -80,6 +80,7 @@ async def _main(
         members = [served for config in configs for served in config.members]
         doors = _open_doors(members, passed, closers)
         owners = [assemble(config, closers) for config in configs]
+        broken: list[str] = []
         devices = [member for owner in owners for member in owner.members.values()]
         try:
             async with trio.open_nursery() as outer:
@@ -88,7 +89,9 @@ async def _main(
                 async with trio.open_nursery() as clients:
                     outer.start_soon(_stop_on_signal, signals, clients, doors, manager)
                     for served, device, door in zip(members, devices, doors, strict=True):
-                        clients.start_soon(_serve_device, served.name, device, door, one_off)
+                        clients.start_soon(
+                            _serve_device, served.name, device, door, one_off, broken
+                        )
                     for _ in range(_START_CHECKPOINTS):
                         await trio.lowlevel.checkpoint()
                     manager.ready()
@@ -98,6 +101,8 @@ async def _main(
         except* HostError as failures:
             failure = _first(failures)
         else:
+            if broken:
+                raise HostError(f"{broken[0]}; restart with a socket that listens")
             return
         raise failure
 
@@ -117,15 +122,22 @@ async def _stop_on_signal(
         clients.cancel_scope.cancel()
 
 
-async def _serve_device(name: str, device: Device, door: _Door, one_off: bool) -> None:
+async def _serve_device(
+    name: str, device: Device, door: _Door, one_off: bool, broken: list[str]
+) -> None:
     """Serve the clients of one device.  Returns when there can be no other."""
-    if not door.listening:
-        await serve_connected(door.sock, device, name=name)
-    elif one_off:
-        sock = await _accept_one(door)
-        await serve_connected(sock, device, name=name)
-    else:
-        await serve_listener(door.sock, device, name=name)
+    try:
+        if not door.listening:
+            await serve_connected(door.sock, device, name=name)
+        elif one_off:
+            sock = await _accept_one(door)
+            await serve_connected(sock, device, name=name)
+        else:
+            await serve_listener(door.sock, device, name=name)
+    except OSError as error:
+        # Only the listening socket is left to fail so: whoever passed it may have shut it down.
+        broken.append(f"{name}: no client can come any more: {error.strerror}")
+        _log.error("%s", broken[-1])
 
 
 async def _accept_one(door: _Door) -> socket.socket:

@@ -56,6 +56,7 @@ COMMANDS: Final = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  ``--help`` and usage errors exit directly."""
     sys.excepthook = _report_bug
+    _fill_standard_descriptors()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser(arguments).parse_args(arguments)
     log.set_up(options.log_level, options.log_format)
@@ -146,6 +147,15 @@ def _load(command: _Command) -> Subcommand:
 def _fail(message: str, code: int) -> int:
     print(f"{PROGRAM}: {log.escape(message)}", file=sys.stderr)
     return code
+
+
+def _fill_standard_descriptors() -> None:
+    """Have 0, 1 and 2 lead somewhere: a socket that got one of them would be written to."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the process's life
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - likewise
 
 
 def _report_bug(

@@ -10,6 +10,7 @@ import stat
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from tests.server.server_process import (
     SECONDS,
@@ -20,6 +21,9 @@ from tests.server.server_process import (
     served,
     short_folder,
 )
+from vfio_user_virtio.backends.software.config import MemberConfig
+from vfio_user_virtio.backends.software.owner import Owner
+from vfio_user_virtio_server import daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,6 +172,31 @@ def test_a_passed_socket_that_listens_stays_its_owners(folder: Path) -> None:
             late.connect(str(folder / "s"))
             listener.accept()[0].close()
     assert os.listdir(folder) == ["s"]
+
+
+@pytest.mark.parametrize("one_off", [False, True])
+async def test_a_socket_that_breaks_is_that_devices_affair(
+    one_off: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """accept() of a socket that does not listen fails as that of a broken one would."""
+    member = Owner("o").add_member(MemberConfig(mac=bytes.fromhex("020000000001")))
+    ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+    broken: list[str] = []
+    with ours, theirs:
+        theirs.send(b"readable")
+        with trio.fail_after(SECONDS):
+            await daemon._serve_device("vm1", member, daemon._Door(ours, True), one_off, broken)
+    (reason,) = broken
+    assert reason.startswith("vm1: no client can come any more: ")
+    assert reason in caplog.messages
+
+
+@pytest.mark.parametrize("redirections", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_descriptors_may_be_closed(folder: Path, redirections: str) -> None:
+    prefix = ("sh", "-c", f'exec "$@" {redirections}', "sh")
+    with served("--socket-path", folder / "s", prefix=prefix) as server, client(folder / "s") as s:
+        assert answers(s)
+        assert server.stop()[0] == 0
 
 
 def test_a_passed_connection_is_the_only_one() -> None:
