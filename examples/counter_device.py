@@ -3,7 +3,7 @@
 It counts.  One BAR, one MSI-X vector, and what a PCI Express function must have.  Run it and attach
 it to a machine:
 
-    python examples/counter_device.py /tmp/counter.sock
+    .venv/bin/python examples/counter_device.py /tmp/counter.sock
     qemu-system-x86_64 -machine q35,memory-backend=ram \\
         -object memory-backend-memfd,id=ram,size=1G,share=on \\
         -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/tmp/counter.sock"}}'

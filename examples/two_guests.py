@@ -1,6 +1,6 @@
 """Two guests on one switch: two members of one owner, no uplink, no root, no network namespace.
 
-    make setup && PYTHONPATH=server:. .venv/bin/python examples/two_guests.py
+    make setup && .venv/bin/python -m examples.two_guests
 
 One server process has both devices, each guest its own QEMU.  The guests ping each other; the exit
 code is 0 only if all echoes were answered and both guests' drivers counted them.  For guests that

@@ -21,14 +21,14 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": "server:.", "TMPDIR": str(folder), **more}
 
 
-def start_example(name: str, environ: Mapping[str, str], output: int) -> subprocess.Popen[str]:
-    """`examples/NAME`, its output to `output`; in a new session, so that all it starts is found."""
+def start_example(*argv: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Python with `argv`; in a new session, so that all it starts is found."""
     return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, *argv],
         cwd=PROJECT,
         env=environ,
         stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

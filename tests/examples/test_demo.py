@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -17,6 +17,8 @@ from tests.examples.example_process import environment, processes_of, start_exam
 
 if TYPE_CHECKING:
     from tests.testbed.bed import Bed
+
+DEMO: Final = "examples/demo.py"
 
 
 def children(pid: int) -> list[int]:
@@ -35,7 +37,7 @@ def demo_bed(bed: Bed, namespaces: None) -> Bed:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_packets_flow(demo_bed: Bed, tmp_path: Path) -> None:
-    demo = start_example("demo.py", environment(tmp_path), subprocess.PIPE)
+    demo = start_example(DEMO, environ=environment(tmp_path))
     output, _ = demo.communicate()
     assert demo.returncode == 0, output
     unwrapped = re.sub(r"\n {18}", " ", output)
@@ -67,7 +69,7 @@ def test_packets_flow(demo_bed: Bed, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_says_that_packets_do_not_flow(demo_bed: Bed, tmp_path: Path) -> None:
     """The server is stopped for good once the link is up."""
-    demo = start_example("demo.py", environment(tmp_path), subprocess.PIPE)
+    demo = start_example(DEMO, environ=environment(tmp_path))
     assert demo.stdout is not None
     output = ""
     with demo.stdout as lines:
@@ -95,7 +97,7 @@ def test_is_interrupted(demo_bed: Bed, tmp_path: Path) -> None:
     """Ctrl-C on a terminal, which goes to all processes in the foreground."""
     ours, theirs = pty.openpty()
     take_terminal = "import fcntl, termios, runpy, sys; fcntl.ioctl(1, termios.TIOCSCTTY, 0); "
-    run_demo = "runpy.run_path('examples/demo.py', run_name='__main__')"
+    run_demo = f"runpy.run_path('{DEMO}', run_name='__main__')"
     with open(ours, "r+b", buffering=0) as terminal:
         demo = subprocess.Popen(
             [sys.executable, "-c", take_terminal + run_demo],
@@ -126,9 +128,7 @@ def test_is_interrupted(demo_bed: Bed, tmp_path: Path) -> None:
 
 def test_says_what_is_missing(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    demo = start_example(
-        "demo.py", environment(tmp_path, XDG_CACHE_HOME=str(cache)), subprocess.PIPE
-    )
+    demo = start_example(DEMO, environ=environment(tmp_path, XDG_CACHE_HOME=str(cache)))
     output, _ = demo.communicate()
     assert demo.returncode == 1, output
     assert re.search(r"Failed: no test bed in .*; `make setup` provides it\n", output), output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_guests_reach_each_other(bed: Bed, tmp_path: Path) -> None:
-    example = start_example("two_guests.py", environment(tmp_path), subprocess.PIPE)
+    example = start_example(
+        "-m", "examples.two_guests", environ=environment(tmp_path, PYTHONPATH="")
+    )
     output, _ = example.communicate()
     assert example.returncode == 0, output
     for way in ("left → right", "right → left"):
