@@ -14,10 +14,10 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.server.server_process import client, run, served, short_folder
+from tests.server.server_process import client, run, served, short_folder, unprivileged
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.backends.software.owner import Owner
-from vfio_user_virtio.errors import ClientError, ConnectionLost, RemoteError
+from vfio_user_virtio.errors import ClientError, ConnectionLost, HostError, RemoteError
 from vfio_user_virtio.testing.loopback import served as loopback
 from vfio_user_virtio.transport.client import connect_socket
 from vfio_user_virtio_server import probe
@@ -243,6 +243,19 @@ def test_nobody_listens(folder: Path) -> None:
         assert "no server listens" in explained(os.EX_UNAVAILABLE, "--socket-path", folder / "s")
     (folder / "f").touch()
     assert "no server listens" in explained(os.EX_UNAVAILABLE, "--socket-path", folder / "f")
+
+
+def test_a_socket_that_may_not_be_used(folder: Path) -> None:
+    folder.chmod(0o755)
+    path = folder / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0)
+        with unprivileged(), pytest.raises(HostError, match="join its group") as caught:
+            trio.run(probe.read, str(path), 30)
+    assert "the socket is s--------- " in str(caught.value)
+    assert caught.value.exit_code == os.EX_NOPERM
 
 
 def test_a_path_that_is_too_long(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.server.server_process import unprivileged
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import sockets
 from vfio_user_virtio_server.config import SocketPath
@@ -41,19 +42,6 @@ def listening(
         yield listener
     finally:
         listener.close()
-
-
-@contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
-    """Without root's power over permissions; the same test holds for root and for others."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def refusal(path: Path, exit_code: int, mode: int | None = None, group: str | None = None) -> str:
