@@ -87,12 +87,18 @@ def _tap(
             os.set_inheritable(device.fd, False)
     except OSError as error:
         raise HostError(
-            f"cannot use {config}: {error.strerror}; if this is a sandbox, pass an open TAP device "
-            "as tap-fd:N"
+            f"cannot use {_shown(config)}: {error.strerror}; "
+            "if a sandbox forbids it, pass an open TAP device as tap-fd:N"
         ) from None
     uplink = TapUplink(switch, device)
     closers.callback(uplink.close)
     return uplink
+
+
+def _shown(config: values.TapUplink | values.TapFdUplink) -> str:
+    if isinstance(config, values.TapUplink):
+        return f"the TAP device {config.name}"
+    return f"the TAP device of descriptor {config.fd}"
 
 
 def _capture(switch: Switch, port: Port, path: str | None, closers: contextlib.ExitStack) -> None:
