@@ -238,6 +238,8 @@ def reasons(group: BaseExceptionGroup[BaseException]) -> list[str]:
             found += reasons(error)
         elif isinstance(error, trio.TooSlowError):
             found.append(f"it took more than {DEMO_SECONDS} s")
+        elif isinstance(error, NoNamespaces):
+            found.append(f"{error}; allow user namespaces and /dev/net/tun, or run it as root")
         else:
             found.append(str(error))
     return found
@@ -261,7 +263,9 @@ def run(account: Account, folder: Path) -> int:
     for reason in failed:
         account.verdict(f"Failed: {reason}", good=False)
     if failed:
-        account.verdict(f"The logs of the server, QEMU and the guest are in {folder}", good=False)
+        if any(folder.iterdir()):
+            logs = "The logs of the server, QEMU and the guest are in"
+            account.verdict(f"{logs} {folder}", good=False)
         return 1
     for ping in pings:
         account.verdict(str(ping), good=True)
@@ -274,7 +278,7 @@ def main() -> int:
     account.title("A guest's packets through a virtio-net device that this project serves.")
     folder = Path(tempfile.mkdtemp(prefix="vfio-user-virtio-demo-"))
     code = run(account, folder)
-    if code != 1:
+    if code != 1 or not any(folder.iterdir()):
         shutil.rmtree(folder)
     return code
 

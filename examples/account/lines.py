@@ -6,6 +6,7 @@ for terminals only, and for those who have not set NO_COLOR (no-color.org).
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ class Account:
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._coloured = terminal and not os.environ.get("NO_COLOR")
         self._width = shutil.get_terminal_size((100, 24)).columns
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # for terminals without arrows
 
     def tell(self, who: str, what: str) -> None:
         """One event, broken into lines that fit."""
@@ -47,16 +50,23 @@ class Account:
             break_on_hyphens=False,
         )
         head = f"{self._paint(DIM, seconds)}  {self._paint(COLOURS.get(who, ''), f'{who:<7}')} "
-        print(head + ("\n" + " " * HEAD_WIDTH).join(lines), flush=True)
+        self._print(head + ("\n" + " " * HEAD_WIDTH).join(lines))
 
     def title(self, text: str) -> None:
-        print(text + "\n", flush=True)
+        self._print(text + "\n")
 
     def gap(self) -> None:
-        print(flush=True)
+        self._print("")
 
     def verdict(self, text: str, *, good: bool) -> None:
-        print(self._paint(GOOD if good else BAD, text), flush=True)
+        self._print(self._paint(GOOD if good else BAD, text))
+
+    @staticmethod
+    def _print(text: str) -> None:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader has enough; what runs is to end in order all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _paint(self, colour: str, text: str) -> str:
         return f"{colour}{text}{PLAIN}" if self._coloured and colour else text

@@ -131,4 +131,18 @@ def test_says_what_is_missing(tmp_path: Path) -> None:
     demo = start_example(DEMO, environ=environment(tmp_path, XDG_CACHE_HOME=str(cache)))
     output, _ = demo.communicate()
     assert demo.returncode == 1, output
-    assert re.search(r"Failed: no test bed in .*; `make setup` provides it\n", output), output
+    assert re.search(r"Failed: no test bed in .*; `make setup` provides it\n$", output), output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_goes_on_when_nobody_reads(demo_bed: Bed, tmp_path: Path) -> None:
+    """`make demo | head -1`, on a terminal that knows only ASCII."""
+    demo = start_example(DEMO, environ=environment(tmp_path, PYTHONIOENCODING="ascii"))
+    assert demo.stdout is not None
+    demo.stdout.readline()
+    demo.stdout.close()
+    assert demo.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+    assert processes_of(demo.pid) == []
