@@ -97,6 +97,18 @@ def assign(
     return tuple(chosen[position] for position in range(len(wanted)))
 
 
+def path_of(fd: int) -> str | None:
+    """The path of a passed socket, empty if it has none; None if there is no UNIX socket."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as duplicate:
+            if duplicate.family != socket.AF_UNIX:
+                return None
+            address = duplicate.getsockname()
+    except OSError:
+        return None
+    return address if isinstance(address, str) else ""
+
+
 @attrs.frozen
 class Adopted:
     """A passed socket, and whether it listens or is a connection already."""

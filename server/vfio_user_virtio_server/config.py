@@ -14,7 +14,7 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     socket_path = "/run/vm1.sock"    # or fd = 3, or fd_name = "vm1", or none of them:
     socket_mode = "0660"             # sockets passed by the service manager are then
     socket_group = "kvm"             # taken in their order
-    mac = "52:54:00:12:34:56"        # default: derived from this host and the names
+    mac = "52:54:00:12:34:56"        # default: derived from this host, the file and the names
     mtu = 9000
     queue_pairs = 4
     queue_size = 256
@@ -136,10 +136,10 @@ def read_file(path: str, *, seed: bytes | None = None) -> tuple[OwnerConfig, ...
 def parse_document(
     document: dict[str, object], where: str, *, seed: bytes
 ) -> tuple[OwnerConfig, ...]:
-    """The owners in a parsed TOML document; `where` names it in messages.  Raises ConfigError."""
+    """The owners in a parsed TOML document.  `where` is its path.  Raises ConfigError."""
     root = Table(document, where)
     owners = tuple(
-        _owner(table, default_name=f"owner{number}", seed=seed)
+        _owner(table, default_name=f"owner{number}", file=os.path.abspath(where), seed=seed)
         for number, table in enumerate(root.tables("owner"), 1)
     )
     root.finish()
@@ -149,7 +149,7 @@ def parse_document(
     return owners
 
 
-def _owner(table: Table, *, default_name: str, seed: bytes) -> OwnerConfig:
+def _owner(table: Table, *, default_name: str, file: str, seed: bytes) -> OwnerConfig:
     name = table.parse("name", values.parse_name) or default_name
     tables = table.tables("member")
     if not 1 <= len(tables) <= limits.MAX_MEMBERS:
@@ -161,7 +161,7 @@ def _owner(table: Table, *, default_name: str, seed: bytes) -> OwnerConfig:
         uplink=table.parse("uplink", values.parse_uplink) or values.NO_UPLINK,
         pcap=table.parse("pcap", values.parse_path),
         members=tuple(
-            _member(member, member_id=number, owner_name=name, seed=seed)
+            _member(member, member_id=number, owner_name=name, file=file, seed=seed)
             for number, member in enumerate(tables, 1)
         ),
     )
@@ -169,14 +169,16 @@ def _owner(table: Table, *, default_name: str, seed: bytes) -> OwnerConfig:
     return owner
 
 
-def _member(table: Table, *, member_id: int, owner_name: str, seed: bytes) -> ServedMember:
+def _member(
+    table: Table, *, member_id: int, owner_name: str, file: str, seed: bytes
+) -> ServedMember:
     name = table.parse("name", values.parse_name) or f"{owner_name}-{member_id}"
     features_on, features_off = _features(table.table("features"))
     try:
         member = MemberConfig(
             member_id=member_id,
             mac=table.parse("mac", values.parse_mac)
-            or values.derived_mac(owner_name, name, seed=seed),
+            or values.derived_mac(file, owner_name, name, seed=seed),
             mtu=table.take("mtu", int),
             max_tx_rate=table.parse("max_tx_rate", values.parse_rate),
             access_vlan=table.take("access_vlan", int),

@@ -8,12 +8,13 @@ asks of a server, which also must not fork into the background.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio_server import values
+from vfio_user_virtio_server import activation, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.config import (
     NEXT_INHERITED,
@@ -28,6 +29,8 @@ from vfio_user_virtio_server.config import (
 
 if TYPE_CHECKING:
     import argparse
+
+_log: Final = logging.getLogger(__name__)
 
 DEVICE_OPTIONS: Final = (
     "mac",
@@ -84,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mac",
         metavar="ADDRESS",
         type=argument(values.parse_mac),
-        help="MAC address (default: derived from this host)",
+        help="MAC address (default: derived from this host and the path of the socket)",
     )
     device.add_argument(
         "--mtu",
@@ -134,9 +137,8 @@ def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
         return read_file(options.config)
     arguments = {} if options.queue_pairs is None else {"queue_pairs": options.queue_pairs}
     socket = _socket(options)
-    place = socket.path if isinstance(socket, SocketPath) else "passed"
     member = MemberConfig(
-        mac=options.mac or values.derived_mac(place, seed=values.host_seed()),
+        mac=options.mac or _made_mac(socket),
         mtu=options.mtu,
         max_tx_rate=options.max_tx_rate,
         allow_unsealed_memory=bool(options.allow_unsealed_memory),
@@ -163,6 +165,23 @@ def _socket(options: argparse.Namespace) -> SocketConfig:
             option = "--" + name.replace("_", "-")
             raise _usage(f"{option} is for a socket made here; add --socket-path")
     return NEXT_INHERITED if options.fd is None else SocketFd(options.fd)
+
+
+def _made_mac(socket: SocketConfig) -> bytes:
+    """A MAC address that is always the same for a socket of this host."""
+    match socket:
+        case SocketPath(path):
+            place: str | None = os.path.abspath(path)
+        case SocketFd(fd):
+            place = activation.path_of(fd)
+        case _:
+            place = activation.path_of(activation.FIRST_FD)
+    if place == "":
+        _log.warning(
+            "the MAC address is the same for every device of this host whose socket has no path; "
+            "give it one with --mac"
+        )
+    return values.derived_mac(place or "", seed=values.host_seed())
 
 
 def _usage(message: str) -> HostError:

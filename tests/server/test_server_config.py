@@ -64,7 +64,7 @@ def test_the_example_says_everything_there_is_to_say() -> None:
     assert lab.uplink == values.NO_UPLINK
     (lab1,) = lab.members
     assert lab1.socket == InheritedSocket("lab")
-    assert lab1.member.mac == values.derived_mac("lab", "lab1", seed=b"host")
+    assert lab1.member.mac == values.derived_mac(str(EXAMPLE), "lab", "lab1", seed=b"host")
 
 
 def test_what_is_left_out_has_a_default() -> None:
@@ -76,6 +76,13 @@ def test_what_is_left_out_has_a_default() -> None:
     assert owner.members[0].socket == InheritedSocket(None)
     assert owner.members[0].member.mac != owner.members[1].member.mac
     assert not owner.members[0].member.allow_unsealed_memory
+
+
+def test_two_files_on_one_host_do_not_make_the_same_addresses() -> None:
+    document = tomllib.loads(member(""))
+    (one,) = parse_document(document, "vm1.toml", seed=b"host")
+    (two,) = parse_document(document, "vm2.toml", seed=b"host")
+    assert one.members[0].member.mac != two.members[0].member.mac
 
 
 def test_a_passed_descriptor() -> None:
