@@ -22,7 +22,7 @@ PACKAGES: Final = {
     "vfio_user_virtio": PROJECT / "vfio_user_virtio",
     "vfio_user_virtio_server": PROJECT / "server/vfio_user_virtio_server",
 }
-SANS_IO: Final = ("protocol", "pci", "virtio")
+SANS_IO: Final = ("protocol", "pci", "virtio", "migration")
 IO_MODULES: Final = ("asyncio", "fcntl", "mmap", "select", "selectors", "socket", "trio")
 MAX_LINES: Final = 500
 UNWRITTEN: Final = re.compile(r"(?!\.ci$)\..*|.*\.egg-info|__pycache__|build|dist")
@@ -38,7 +38,7 @@ ARROWS: Final[dict[str, frozenset[str]]] = {
     "pci": SEAMS,
     "virtio": SEAMS | {"pci"},
     "memory": SEAMS,
-    "migration": SEAMS | {"virtio"},
+    "migration": SEAMS | {"protocol", "virtio"},
     "transport": SEAMS | {"protocol", "memory"},
     "backends": SEAMS | {"pci", "virtio", "memory", "migration"},
     "libvfio_user": SEAMS | {"protocol", "memory"},
