@@ -7,13 +7,13 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-
 from tests.server.server_process import short_folder
 from vfio_user_virtio_server import activation, serve, values
 from vfio_user_virtio_server.config import InheritedSocket, SocketFd, SocketPath
 
 if TYPE_CHECKING:
     import pytest
+
     from vfio_user_virtio_server.config import OwnerConfig
 
 
