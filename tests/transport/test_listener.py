@@ -187,3 +187,14 @@ async def test_backlog_that_stays_full(
         with pytest.raises(HostError, match="too many others wait there"):
             async with connect(tmp_path / "socket"):
                 pass
+
+
+async def test_a_listening_socket_that_is_shut_down_ends_the_listener(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        listener.shutdown(socket.SHUT_RDWR)
+        device = MemoryDevice()
+        with trio.fail_after(PATIENCE), pytest.raises(OSError, match="shut"):
+            await serve_listener(listener, device)
+        device.close()

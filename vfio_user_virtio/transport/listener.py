@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import select
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -75,7 +76,11 @@ async def _accept(listener: socket.socket, name: str) -> socket.socket:
         await trio.lowlevel.wait_readable(listener)
         try:
             sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except BlockingIOError:
+            if _is_shut_down(listener):
+                raise OSError(errno.ESHUTDOWN, "somebody shut the listening socket down") from None
+            continue
+        except ConnectionAbortedError:
             continue
         except OSError as error:
             if error.errno not in _OUT_OF_RESOURCES:
@@ -84,6 +89,13 @@ async def _accept(listener: socket.socket, name: str) -> socket.socket:
             await trio.sleep(_RETRY_SECONDS)
             continue
         return sock
+
+
+def _is_shut_down(listener: socket.socket) -> bool:
+    """Whether the socket will be readable for ever, with nobody to accept."""
+    poll = select.poll()
+    poll.register(listener, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 async def _mention_waiting(listener: socket.socket, name: str) -> None:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 0
+_TOLD_ONCE: Final = frozenset({Command.DMA_MAP, Command.DEVICE_SET_IRQS, Command.DEVICE_RESET})
 """Under this number, which no command has, those are counted that no specification knows."""
 
 
@@ -82,6 +83,7 @@ class Session:
         self._twin: Endpoint | None = None
         self._counts = dict.fromkeys((_UNKNOWN, *Command), 0)
         self._errors = 0
+        self._told: set[int] = set()
         self._at_hand: Frame | None = None
         self._over = "it was stopped"
 
@@ -238,7 +240,7 @@ class Session:
             message, fds = await commands.answer(frame)
         except ClientError as error:
             self._errors += 1
-            logger.debug("%s: refused %s: %s", self.name, command_name(frame.command), error)
+            self._log_refusal(frame.command, error)
             if not silent:
                 self._endpoint.post(encode_error_reply(frame, error.errno))
             return
@@ -247,6 +249,14 @@ class Session:
         self._endpoint.post(message, fds)
         if fds:
             await self._endpoint.flush()  # while the device still has them open
+
+    def _log_refusal(self, command: int, error: ClientError) -> None:
+        """What leaves a guest without memory or interrupts is told once, all else to who debugs."""
+        level = logging.DEBUG
+        if command in _TOLD_ONCE and command not in self._told:
+            self._told.add(command)
+            level = logging.WARNING
+        logger.log(level, "%s: refused %s: %s", self.name, command_name(command), error)
 
     def _count(self, command: int) -> None:
         counts = self._counts

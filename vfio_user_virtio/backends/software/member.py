@@ -35,7 +35,7 @@ from vfio_user_virtio.memory.access import GuestAccess
 from vfio_user_virtio.memory.guest_memory import GuestMemory, RemoteOnly
 from vfio_user_virtio.pci.config_space import ConfigEvents
 from vfio_user_virtio.virtio.common_config import Status
-from vfio_user_virtio.virtio.features import Feature
+from vfio_user_virtio.virtio.features import Feature, feature_names
 from vfio_user_virtio.virtio.net_config import (
     DUPLEX_FULL,
     DUPLEX_UNKNOWN,
@@ -120,12 +120,9 @@ class Member:
         return NetState(FilterState(self.config.mac), max_queue_pairs=self.config.queue_pairs)
 
     def statistics(self) -> MemberStatistics:
+        too_long, invalid = self._queues.dropped()
         return MemberStatistics(
-            self._filtered,
-            self._missed,
-            self._queues.too_long,
-            self._queues.invalid,
-            self._driver_errors,
+            self._filtered, self._missed, too_long, invalid, self._driver_errors
         )
 
     # --- Device: what the client asks ----------------------------------------------------------
@@ -220,6 +217,9 @@ class Member:
         self.state.filter.filter_vlans = bool(features & Feature.CTRL_VLAN.mask)
 
     def driver_ok(self) -> None:
+        _log.info(
+            "%s: the driver is ready: %s", self.name, " ".join(feature_names(self.state.features))
+        )
         self._left_over = False
         self._update_running()
 
@@ -233,6 +233,8 @@ class Member:
         self._queues.close()
         self._queues.positions.pop(index, None)
         self._kicked &= ~(1 << index)
+        if self.running:
+            self._again = self._queues.all_kicked()
 
     def device_reset(self) -> None:
         self._left_over = False
@@ -241,6 +243,7 @@ class Member:
         self._kicked = self._again = 0
         self.state = self._initial_state()
         self.steering.resize(1)
+        self._receiving_pair = 0
         self.function.reset_transport()
 
     def config_events(self, events: ConfigEvents) -> None:
@@ -361,8 +364,9 @@ class Member:
     # --- Sender --------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        self._again |= self._queues.send_mask
-        self._queues.kick_slow_senders()
+        queues = self._queues
+        self._again |= queues.send_mask if queues.open else queues.all_kicked()
+        queues.kick_slow_senders()
         self._wake.set()
 
     def room(self) -> None:

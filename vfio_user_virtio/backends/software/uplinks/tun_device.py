@@ -155,7 +155,7 @@ def _attach(fd: int, raw_name: bytes) -> None:
 
 
 def _check_is_up(name: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
         try:
             answer = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0))
         except OSError as error:
