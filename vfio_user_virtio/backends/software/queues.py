@@ -63,13 +63,15 @@ class Queues:
         self._member = member
         self.open = False
         self.access: GuestAccess | None = None
-        self.positions: dict[int, Position] = {}
         self.receivers: list[Receiver | SlowReceiver | None] = []
         self.receive_mask = 0
         self.send_mask = 0
-        self.too_long = 0
-        self.invalid = 0
+        self._too_long = 0
+        self._invalid = 0
         self.slow = SlowService(self._interrupt, member.sent, member.slow_failed)
+        self._positions: dict[int, Position] = {}
+        self._unplaced: set[int] = set()
+        self._held: dict[int, list[bytes]] = {}
         self._rings: dict[int, Ring] = {}
         self._areas: list[tuple[int, int]] = []
         self._transmitters: dict[int, Transmitter | SlowTransmitter] = {}
@@ -96,15 +98,19 @@ class Queues:
         return self.open
 
     def close(self) -> None:
-        """Let go of all guest memory; the positions stay."""
-        for receiver in self.receivers:
+        """Let go of all guest memory; the positions stay, and the frames that are held."""
+        self._too_long, self._invalid = self.dropped()
+        for pair, receiver in enumerate(self.receivers):
             if receiver is not None:
                 receiver.forget()
-                self.too_long += receiver.too_long
-        for transmitter in self._transmitters.values():
-            self.invalid += transmitter.invalid
+                if held := receiver.take_held():
+                    self._held[pair] = held
         for index, ring in self._rings.items():
-            self.positions[index] = Position(ring.next_used, ring.signalled)
+            if isinstance(ring, SplitQueue):
+                self._positions[index] = Position(ring.next_used, ring.signalled)
+            elif ring.placed:
+                self._positions[index] = Position(ring.published, ring.signalled)
+                self._unplaced.discard(index)
         self.slow.stop()
         self.open = False
         self.receivers = []
