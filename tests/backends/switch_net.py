@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 
 from tests.backends.switch_ports import (
@@ -14,9 +16,11 @@ from tests.backends.switch_ports import (
     mac,
 )
 from vfio_user_virtio.backends.software.switch import Switch
-from vfio_user_virtio.backends.software.switch_port import Drop
 from vfio_user_virtio.backends.software.vlan import PortVlans
 from vfio_user_virtio.virtio.offload import NET_HEADER
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.backends.software.switch_port import Drop
 
 
 @attrs.define
