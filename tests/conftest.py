@@ -1,4 +1,4 @@
-"""Fixtures of the test bed, and the logs of a failed test's processes."""
+"""Fixtures of the test bed, the logs of a failed test's processes, hypothesis made repeatable."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import hypothesis
 import pytest
 
 from tests.testbed.bed import Bed
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator
 
     from tests.testbed.netns import Netns
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+"""The same examples every time and everywhere, however slow the machine."""
 
 LOG_BYTES: Final = 6000
 """How much of the end of each log a failed test shows."""
