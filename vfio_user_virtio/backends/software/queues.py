@@ -63,15 +63,13 @@ class Queues:
         self._member = member
         self.open = False
         self.access: GuestAccess | None = None
+        self.positions: dict[int, Position] = {}
         self.receivers: list[Receiver | SlowReceiver | None] = []
         self.receive_mask = 0
         self.send_mask = 0
         self._too_long = 0
         self._invalid = 0
         self.slow = SlowService(self._interrupt, member.sent, member.slow_failed)
-        self._positions: dict[int, Position] = {}
-        self._unplaced: set[int] = set()
-        self._held: dict[int, list[bytes]] = {}
         self._rings: dict[int, Ring] = {}
         self._areas: list[tuple[int, int]] = []
         self._transmitters: dict[int, Transmitter | SlowTransmitter] = {}
@@ -79,6 +77,12 @@ class Queues:
         self._by_messages: set[int] = set()
         self._control: int | None = None
         self._worked: list[int] = []
+
+    def dropped(self) -> tuple[int, int]:
+        """Frames that fitted no buffer, and frames that the driver may not send, since ever."""
+        too_long = sum(receiver.too_long for receiver in self.receivers if receiver is not None)
+        invalid = sum(transmitter.invalid for transmitter in self._transmitters.values())
+        return self._too_long + too_long, self._invalid + invalid
 
     def all_kicked(self) -> int:
         """A mask of all queues that exist."""
@@ -98,19 +102,13 @@ class Queues:
         return self.open
 
     def close(self) -> None:
-        """Let go of all guest memory; the positions stay, and the frames that are held."""
+        """Let go of all guest memory; the positions stay."""
         self._too_long, self._invalid = self.dropped()
-        for pair, receiver in enumerate(self.receivers):
+        for receiver in self.receivers:
             if receiver is not None:
                 receiver.forget()
-                if held := receiver.take_held():
-                    self._held[pair] = held
         for index, ring in self._rings.items():
-            if isinstance(ring, SplitQueue):
-                self._positions[index] = Position(ring.next_used, ring.signalled)
-            elif ring.placed:
-                self._positions[index] = Position(ring.published, ring.signalled)
-                self._unplaced.discard(index)
+            self.positions[index] = Position(ring.next_used, ring.signalled)
         self.slow.stop()
         self.open = False
         self.receivers = []
