@@ -94,6 +94,19 @@ MAX_CONTROL_SIZE: Final = 64 * KIB
 MAX_MAC_TABLE: Final = 256
 """Addresses in a member's unicast and in its multicast filter table."""
 
+# --- device parts -------------------------------------------------------------------------------
+
+MAX_PARTS: Final = 16_384
+"""Parts in one image: two for each of 8,000 queues, four times what MSI-X has vectors for, and
+about 4 MiB of objects."""
+
+MAX_PART_SIZE: Final = 16 * MIB
+"""Value of one part.  The largest that the standard defines, an RSS table, has 131 KB; the rest is
+for parts to come."""
+
+MAX_FEATURE_WORDS: Final = 16
+"""u64 words of features in a part: 1,024 features; the standard has none above 70."""
+
 # --- the software owner -------------------------------------------------------------------------
 
 MAX_MEMBERS: Final = 255
