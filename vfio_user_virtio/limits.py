@@ -150,3 +150,43 @@ MIN_RECONNECT_SECONDS: Final = 0.1
 
 MAX_RECONNECT_SECONDS: Final = 5.0
 """Longest such pause, and how long a peer must have stayed for the pauses to start anew."""
+
+# --- migration ----------------------------------------------------------------------------------
+
+MAX_MIGRATION_RECORD: Final = 64 * MIB
+"""Payload of one record of a migration stream, unless configured: thousands of times the image of
+a member with 8 queue pairs, and what a hostile source can make us hold."""
+
+MAX_PRIVATE_RECORD: Final = 16 * KIB
+"""Payload of the record that carries what device parts cannot: under 100 bytes today."""
+
+MAX_PRIVATE_FIELDS: Final = 64
+"""Fields in that record, known or not: each unknown one becomes a note in the log."""
+
+MAX_DIRTY_CHUNKS: Final = 131_072
+"""Chunks of 8,192 pages that a dirty log keeps: 4 TiB (`MAX_MAPPED_BYTES`) in pages of 4 KiB, in
+160 MiB of memory.  A guest can spread its writes wider only with a vIOMMU."""
+
+STOP_SECONDS: Final = 1.0
+"""How long a member that is being stopped waits for accesses to guest memory that are under way;
+a client that answers no DMA_READ must not hold up its own migration for longer."""
+
+# --- administration commands --------------------------------------------------------------------
+
+ADMIN_QUEUE_DEPTH: Final = 32
+"""Commands of ours in one administration virtqueue at once, of all members together."""
+
+ADMIN_COMMAND_SECONDS: Final = 3.0
+"""How long one command may take: less than the 5 s that QEMU waits for the reply it belongs to."""
+
+ADMIN_RETRIES: Final = 8
+"""How often a command is sent that the device wants sent again."""
+
+ADMIN_RETRY_SECONDS: Final = 0.01
+"""The first pause before a command is sent again; it doubles."""
+
+ADMIN_MAX_RETRY_SECONDS: Final = 0.5
+"""The longest such pause."""
+
+IMAGE_ATTEMPTS: Final = 4
+"""How often an image is asked for whose size grew meanwhile."""
