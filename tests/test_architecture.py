@@ -29,6 +29,7 @@ SANS_IO: Final = (
     "migration.states",
     "migration.stream",
     "migration.private_record",
+    "migration.precopy",
 )
 """Packages and modules that know no sockets, files, event loop or clock."""
 IO_MODULES: Final = ("asyncio", "fcntl", "mmap", "select", "selectors", "socket", "trio")
