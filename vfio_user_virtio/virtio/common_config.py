@@ -249,8 +249,8 @@ class CommonConfig:
     def _configure_queue(self, queue: QueueState, field: _Field, value: int) -> None:
         match field:
             case _Field.QUEUE_SIZE:
-                if 0 < value <= self._queue_size and value & (value - 1) == 0:
-                    queue.size = value
+                valid = value.bit_count() == 1 and value <= self._queue_size
+                queue.size = value if valid else queue.size
             case _Field.QUEUE_ENABLE:
                 if value == 1:
                     queue.enabled = True
