@@ -124,6 +124,9 @@ FDB_AGE_SECONDS: Final = 300.0
 WORK_BUDGET: Final = 256
 """Packets one queue may move before others get their turn."""
 
+PIECES_OF_WORK: Final = 16
+"""Pieces of a chain that cost as much as a packet: 256 chains of 1,024 pieces took 110 ms."""
+
 MAX_GSO_SEGMENTS: Final = 512
 """Segments that one frame may become in software, about 2 ms of work: 64 KiB at an MSS of 128."""
 

@@ -151,7 +151,9 @@ class Member:
             self._again = self._queues.all_kicked()
 
     async def dma_unmap(self, iova: int, size: int) -> None:
-        self.work()
+        if self._kicked or self._again:
+            self.work()
+            await trio.lowlevel.checkpoint()  # a read can bring a thousand kicks and unmaps
         self.memory.unmap(iova, size)
 
     async def reset(self, cause: ResetCause) -> None:

@@ -31,6 +31,21 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 Frame: TypeAlias = "Sequence[Buffer]"
 
 
+def first_bytes(parts: Sequence[Buffer], size: int) -> bytes:
+    """A copy of the first `size` bytes of a scatter list, or of all if it has fewer.
+
+    A driver's buffers may have a gigabyte where a frame has a hundred bytes: join nothing whole.
+    """
+    taken: list[Buffer] = []
+    for part in parts:
+        if len(part) >= size:
+            taken.append(part[:size])
+            break
+        taken.append(part)
+        size -= len(part)
+    return b"".join(taken)
+
+
 class Offload(enum.IntFlag):
     """Frames a port can take unfinished; a port is sent nothing else.
 

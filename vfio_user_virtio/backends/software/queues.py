@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.ports import first_bytes
 from vfio_user_virtio.backends.software.receiver import Receiver
 from vfio_user_virtio.backends.software.slow_service import (
     SlowControl,
@@ -191,13 +192,14 @@ class Queues:
         return outcome
 
     def _run_control(self, ring: SplitQueue, budget: int) -> Outcome:
-        for _ in range(budget):
+        while budget > 0:
             chain = ring.take()
             if chain is None:
                 if ring.enable_kicks():
                     return Outcome.DRAINED
                 continue
-            command = b"".join(chain.readable)[: limits.MAX_CONTROL_SIZE]
+            budget -= 1 + (len(chain.readable) + len(chain.writable)) // limits.PIECES_OF_WORK
+            command = first_bytes(chain.readable, limits.MAX_CONTROL_SIZE)
             answer = self._member.execute(command)
             target = next((view for view in chain.writable if view), None)
             if target is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
-from vfio_user_virtio.backends.software.ports import NET_HEADER_SIZE
+from vfio_user_virtio.backends.software.ports import NET_HEADER_SIZE, first_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,7 +136,7 @@ class Receiver:
         return (self._reserved(size),)
 
     def _reserved(self, size: int) -> bytes:
-        return b"".join(self._room)[:size]
+        return first_bytes(self._room, size)
 
     def forget(self) -> None:
         """Give back every buffer that was taken and not filled, and drop the views."""

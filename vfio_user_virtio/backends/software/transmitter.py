@@ -101,10 +101,13 @@ class Transmitter:
         """Frames dropped because they were too short, too long, or had a bad header."""
 
     def run(self, budget: int) -> Outcome:
-        """Send up to `budget` frames.  Raises DriverError when the ring is broken."""
+        """Send up to `budget` frames, fewer if they are in many pieces.
+
+        Raises DriverError when the ring is broken.
+        """
         queue, send = self._queue, self._send
         queue.disable_kicks()
-        while budget:
+        while budget > 0:
             chain = queue.take()
             if chain is None:
                 if queue.enable_kicks():
@@ -120,6 +123,7 @@ class Transmitter:
                 frame = (head, whole[HEAD_SIZE:])
             else:
                 frame, size = gather_head(readable)
+                budget -= len(readable) // limits.PIECES_OF_WORK
             if frame is not None and frame[0][0] | frame[0][1]:
                 frame = self._checked(frame)
             if frame is None or size > MAX_SIZE:

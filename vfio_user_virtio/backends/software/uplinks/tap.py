@@ -17,7 +17,12 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
-from vfio_user_virtio.backends.software.ports import HEAD_SIZE, NET_HEADER_SIZE, Offload
+from vfio_user_virtio.backends.software.ports import (
+    HEAD_SIZE,
+    NET_HEADER_SIZE,
+    Offload,
+    first_bytes,
+)
 from vfio_user_virtio.backends.software.uplinks.base import (
     MAX_PARTS,
     PacketUplink,
@@ -118,7 +123,7 @@ class TapUplink(PacketUplink):
                     if frames == 1:
                         port.flush()  # who waits for one frame hears of it before we look for more
                 else:
-                    self._forward_copy(b"".join(room)[:size])
+                    self._forward_copy(first_bytes(room, size))
                     return  # the path may no longer be direct
         except BlockingIOError:
             return
