@@ -205,3 +205,41 @@ def test_no_step_of_a_stopped_queue_touches_memory(
         finish(run())
     assert memory.accesses == 0
     assert bytes(memory.data) == before
+
+
+def test_a_queue_that_finishes_takes_no_more_and_ends_what_it_took() -> None:
+    queue, memory = a_queue()
+    chain = finish(queue.take())
+    assert chain is not None
+    queue.finish()
+    with pytest.raises(QueueStopped):
+        finish(queue.take())
+    finish(queue.put(chain.head, finish(queue.write(chain.writable, b"abcd"))))
+    finish(queue.publish())
+    assert RingDriver(SIZE, memory).used_index == queue.published == 1
+    queue.go_on()
+    assert finish(queue.take()) is None
+
+
+def test_what_was_put_counts_once_it_is_published() -> None:
+    queue, _ = a_queue()
+    chain = finish(queue.take())
+    assert chain is not None
+    finish(queue.put(chain.head, 0))
+    assert (queue.published, queue.next_used) == (0, 1)
+    finish(queue.publish())
+    assert queue.published == 1
+
+
+def test_a_position_that_only_guest_memory_knows() -> None:
+    queue, memory = a_queue()
+    memory.view(USED + 2, 2)[:] = (0xFFFF).to_bytes(2, "little")
+    memory.view(AVAIL + 2, 2)[:] = (0xFFFF).to_bytes(2, "little")
+    queue.start_from_memory()
+    before = queue.placed
+    assert finish(queue.take()) is None
+    assert (before, queue.placed) == (False, True)
+    assert (queue.next_avail, queue.next_used, queue.signalled) == (0xFFFF, 0xFFFF, 0xFFFF)
+    queue.start_from_memory()
+    queue.start(3, 3)
+    assert (queue.placed, queue.next_used) == (True, 3)

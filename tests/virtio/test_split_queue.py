@@ -490,3 +490,9 @@ def test_alignment() -> None:
     ):
         with pytest.raises(DriverError, match=name):
             check_alignment_untrusted(*addresses)
+
+
+def test_the_used_index_in_guest_memory() -> None:
+    ring = FastRing(SIZE)
+    ring.memory.view(USED + 2, 2)[:] = b"\x34\x12"
+    assert ring.queue.used_idx == 0x1234

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class QueueStopped(Exception):
-    """The queue was reset while an access to guest memory was under way."""
+    """The queue was reset while an access to guest memory was under way, or takes no more."""
 
 
 class AsyncMemory(Protocol):
@@ -89,15 +89,33 @@ class SlowQueue:
         self._event_idx = event_idx
         self._indirect = indirect
         self._stopped = False
+        self._finishing = False
+        self.placed = True
+        """Whether the position is known; if not, the first `take` reads it from guest memory."""
         self.next_avail = 0
         self.next_used = 0
+        self.published = 0
         self.signalled = 0
 
     def start(self, next_avail: int, next_used: int) -> None:
         """Go on from these indices (0, 0 for a queue that was just enabled)."""
         self.next_avail = next_avail
         self.next_used = next_used
+        self.published = next_used
         self.signalled = next_used
+        self.placed = True
+
+    def start_from_memory(self) -> None:
+        """Go on from the used index in guest memory, once that has been read."""
+        self.placed = False
+
+    def finish(self) -> None:
+        """Take no more chains: `take` raises `QueueStopped`; what was taken can be finished."""
+        self._finishing = True
+
+    def go_on(self) -> None:
+        """Take chains again, after `finish`."""
+        self._finishing = False
 
     def stop(self) -> None:
         """Touch guest memory no more."""
@@ -105,6 +123,11 @@ class SlowQueue:
 
     async def take(self) -> SlowChain | None:
         """The next available chain, or None if there is none.  As `SplitQueue.take`."""
+        if self._finishing:
+            raise QueueStopped
+        if not self.placed:
+            used_idx = await self._read_u16(self._used + 2)
+            self.start(used_idx, used_idx)
         available = await self._read_u16(self._avail + 2)
         order_accesses()
         waiting = (available - self.next_avail) & 0xFFFF
@@ -148,6 +171,7 @@ class SlowQueue:
     async def publish(self) -> None:
         """Let the driver see every entry that was put."""
         order_accesses()
+        self.published = self.next_used
         await self._write(self._used + 2, self.next_used.to_bytes(2, "little"))
 
     async def should_interrupt(self) -> bool:

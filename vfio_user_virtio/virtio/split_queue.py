@@ -138,6 +138,11 @@ class SplitQueue:
         self.next_used = next_used
         self.signalled = next_used
 
+    @property
+    def used_idx(self) -> int:
+        """The used index in guest memory: where a queue stands that has nothing in flight."""
+        return self._used[1]
+
     # --- taking chains -------------------------------------------------------------------------
 
     def look(self) -> int:

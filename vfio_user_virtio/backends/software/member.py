@@ -5,10 +5,11 @@ It joins the parts.  `Function` is the PCI side, `NetState` what the driver has 
 rings that run, and the switch where frames come from and go to.  Commands of the client change
 registers at once; kicks are only noted, and `work` handles all that a batch brought in one pass.
 
-A member runs (`running`) while its driver is ready, it may do DMA, and a session is there.  When it
-stops for whatever reason its queues are let go of; their positions stay, so that it can go on.  Its
-registers outlive a client that vanished, but whose memory the next client brings nobody knows: it
-is left alone until a kick shows that the driver is still the same, or the device has been reset.
+A member runs (`running`) while its driver is ready, it may do DMA, a session is there, and it is
+not in STOPPED mode (`mode`, which is also where parts are got and set).  When it stops for whatever
+reason its queues are let go of; their positions stay, so that it can go on.  Its registers outlive
+a client that vanished, but whose memory the next client brings nobody knows: it is left alone until
+a kick shows that the driver is still the same, or the device has been reset.
 
 What a driver does wrong ends in DEVICE_NEEDS_RESET and one line in the log.  One thing is not held
 against it: memory that is missing when a frame comes in from outside.  QEMU re-maps guest RAM in
@@ -28,6 +29,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.function import Function
 from vfio_user_virtio.backends.software.ports import HEAD_SIZE, NET_HEADER_SIZE, Offload
 from vfio_user_virtio.backends.software.queues import Queues
+from vfio_user_virtio.backends.software.stopped_mode import StoppedMode
 from vfio_user_virtio.backends.software.transmitter import Outcome
 from vfio_user_virtio.device import ResetCause
 from vfio_user_virtio.errors import ClientError, DriverError
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vfio_user_virtio.backends.software.config import MemberConfig
+    from vfio_user_virtio.backends.software.member_parts import DeviceState
     from vfio_user_virtio.backends.software.ports import Buffer, Frame
     from vfio_user_virtio.backends.software.switch import Switch
     from vfio_user_virtio.device import (
@@ -103,7 +106,7 @@ class Member:
         self.steering = Steering()
         self.state = self._initial_state()
         self._switch = switch
-        self._link_up = True
+        self.link_up = True
         self._in_session = False
         self._left_over = False
         """The driver was ready in an earlier session, and has not been heard of in this one."""
@@ -115,6 +118,7 @@ class Member:
         self._driver_errors = 0
         self._receiving_pair = 0
         self._queues = Queues(self)
+        self.mode: Final = StoppedMode(self, self._queues)
 
     def _initial_state(self) -> NetState:
         return NetState(FilterState(self.config.mac), max_queue_pairs=self.config.queue_pairs)
@@ -171,7 +175,7 @@ class Member:
     async def serve(self, memory: RemoteMemory) -> None:
         self._in_session = True
         self._queues.access = GuestAccess(self.memory, memory)
-        self._update_running()
+        self.update_running()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._queues.slow.run)
             while True:
@@ -183,17 +187,19 @@ class Member:
     async def release(self) -> None:
         self._in_session = False
         self._left_over = True
-        self._update_running()
+        self.update_running()
         self._queues.access = None
         self.memory.clear()
         self.function.interrupts.close()
 
     def work(self) -> None:
+        if self.mode.stopping:
+            return
         kicked, self._kicked = self._kicked, 0
         again, self._again = self._again, 0
         if kicked and self._left_over:
             self._left_over = False
-            self._update_running()
+            self.update_running()
         if not self.running or not (kicked or again):
             return
         try:
@@ -223,25 +229,24 @@ class Member:
             "%s: the driver is ready: %s", self.name, " ".join(feature_names(self.state.features))
         )
         self._left_over = False
-        self._update_running()
+        self.update_running()
 
     def queue_enabled(self, index: int) -> None:
-        self._queues.close()
-        self._queues.positions.pop(index, None)
+        self._missed += self._queues.forget(index)
         if self.running:
             self._again = self._queues.all_kicked()
 
     def queue_reset(self, index: int) -> None:
-        self._queues.close()
-        self._queues.positions.pop(index, None)
+        self._missed += self._queues.forget(index)
         self._kicked &= ~(1 << index)
         if self.running:
             self._again = self._queues.all_kicked()
 
     def device_reset(self) -> None:
         self._left_over = False
-        self._update_running()
-        self._queues.positions.clear()
+        self.update_running()
+        self._missed += self._queues.forget_all()
+        self.mode.device_reset()
         self._kicked = self._again = 0
         self.state = self._initial_state()
         self.steering.resize(1)
@@ -253,10 +258,10 @@ class Member:
             flr = events & ConfigEvents.FUNCTION_LEVEL_RESET
             self._reset(ResetCause.FUNCTION_LEVEL if flr else ResetCause.POWER_STATE)
         else:
-            self._update_running()
+            self.update_running()
 
     def device_config(self) -> bytes:
-        status = NetStatus.LINK_UP if self._link_up else NetStatus(0)
+        status = NetStatus.LINK_UP if self.link_up else NetStatus(0)
         if self.state.announce:
             status |= NetStatus.ANNOUNCE
         known = self.config.offered & Feature.SPEED_DUPLEX.mask
@@ -271,15 +276,18 @@ class Member:
 
     def _reset(self, cause: ResetCause) -> None:
         _log.debug("%s: reset: %s", self.name, cause.value)
+        self.mode.function_reset()
         self.function.reset()
         self.device_reset()
 
-    def _update_running(self) -> None:
+    def update_running(self) -> None:
+        """Run or stop, after something that has a say in it has changed."""
         running = (
             self._in_session
             and not self._left_over
             and self.function.common.live
             and self.function.may_dma
+            and not self.mode.stopped
         )
         if running == self.running:
             return
@@ -287,9 +295,26 @@ class Member:
         if running:
             self._again = self._queues.all_kicked()
             self._wake.set()
+            self.mode.started()
         else:
             self._queues.close()
         self._switch.refresh()
+
+    def paused(self) -> None:
+        """`mode.stopping` has changed: frames may, or may not, be delivered here."""
+        self._switch.refresh()
+
+    def restore(self, state: DeviceState) -> None:
+        """Take on all of `state`, while stopped.  It says how the driver has left the device, so
+        the driver counts as heard of."""
+        common = self.function.common
+        common.state = state.common
+        self.state = state.net
+        self.steering.resize(state.net.queue_pairs)
+        self._receiving_pair = 0
+        self._left_over = False
+        if common.state.status & Status.FEATURES_OK and not state.net.features:
+            common.needs_reset()
 
     def _fail(self, error: DriverError) -> None:
         self._driver_errors += 1
@@ -297,15 +322,15 @@ class Member:
             "%s: the guest's driver broke a rule: %s; it has to reset the device", self.name, error
         )
         self.function.common.needs_reset()
-        self._update_running()
+        self.update_running()
         self.function.interrupt_config()
 
     # --- the link and its announcement ---------------------------------------------------------
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it."""
-        if up != self._link_up:
-            self._link_up = up
+        if up != self.link_up:
+            self.link_up = up
             self._config_changed()
             self._switch.refresh()
 
@@ -317,7 +342,7 @@ class Member:
 
     def _config_changed(self) -> None:
         self.function.common.config_changed()
-        if self.function.common.state.status & Status.DRIVER_OK:
+        if self.function.common.state.status & Status.DRIVER_OK and not self.mode.stopped:
             self.function.interrupt_config()
 
     # --- the queues ----------------------------------------------------------------------------
@@ -384,7 +409,7 @@ class Member:
 
     @property
     def up(self) -> bool:
-        return self.running and self._link_up
+        return self.running and self.link_up and not self.mode.stopping
 
     def deliver(self, frame: Frame, size: int) -> bool:
         if not self._accepts(frame[0]):

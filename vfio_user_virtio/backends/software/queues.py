@@ -1,9 +1,9 @@
 """The queues of a member that run: which ring is served how, and where it stands.
 
 A queue is opened when it is first needed and closed when it stops or its memory changes; between
-the two only its position is kept, which is plain data.  A ring that lies in mapped memory in one
-piece is worked on in place (`SplitQueue`), any other goes to the slow service, and so does a queue
-whose buffers turn out to be reachable by messages only.
+the two only its position is kept, which is plain data, and the frames that it holds.  A ring that
+lies in mapped memory in one piece is worked on in place (`SplitQueue`), any other goes to the slow
+service, and so does a queue whose buffers turn out to be reachable by messages only.
 
 Which index is what depends on what was negotiated: RX and TX alternate, and the control queue is
 behind the last pair with MQ, but always the third without (virtio 1.4, Network Device, Virtqueues).
@@ -11,6 +11,7 @@ behind the last pair with MQ, but always the third without (virtio 1.4, Network 
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -64,13 +65,15 @@ class Queues:
         self._member = member
         self.open = False
         self.access: GuestAccess | None = None
-        self.positions: dict[int, Position] = {}
         self.receivers: list[Receiver | SlowReceiver | None] = []
         self.receive_mask = 0
         self.send_mask = 0
         self._too_long = 0
         self._invalid = 0
         self.slow = SlowService(self._interrupt, member.sent, member.slow_failed)
+        self._positions: dict[int, Position] = {}
+        self._unplaced: set[int] = set()
+        self._held: dict[int, list[bytes]] = {}
         self._rings: dict[int, Ring] = {}
         self._areas: list[tuple[int, int]] = []
         self._transmitters: dict[int, Transmitter | SlowTransmitter] = {}
@@ -103,13 +106,19 @@ class Queues:
         return self.open
 
     def close(self) -> None:
-        """Let go of all guest memory; the positions stay."""
+        """Let go of all guest memory; the positions stay, and the frames that are held."""
         self._too_long, self._invalid = self.dropped()
-        for receiver in self.receivers:
+        for pair, receiver in enumerate(self.receivers):
             if receiver is not None:
                 receiver.forget()
+                if held := receiver.take_held():
+                    self._held[pair] = held
         for index, ring in self._rings.items():
-            self.positions[index] = Position(ring.next_used, ring.signalled)
+            if isinstance(ring, SplitQueue):
+                self._positions[index] = Position(ring.next_used, ring.signalled)
+            elif ring.placed:
+                self._positions[index] = Position(ring.published, ring.signalled)
+                self._unplaced.discard(index)
         self.slow.stop()
         self.open = False
         self.receivers = []
@@ -121,6 +130,34 @@ class Queues:
         self._control = None
         if not self._member.running:
             self._by_messages.clear()
+
+    def forget(self, index: int) -> int:
+        """Queue `index` starts anew; how many frames had been held for it."""
+        self.close()
+        self._positions.pop(index, None)
+        self._unplaced.discard(index)
+        return 0 if index % 2 else len(self._held.pop(index // 2, ()))
+
+    def forget_all(self) -> int:
+        """All queues start anew; how many frames had been held for them."""
+        return sum(self.forget(index) for index in range(self._member.config.num_queues))
+
+    async def quiesce(self) -> bool:
+        """Give the driver what is held for it, as far as it has room, and finish what was taken.
+
+        False if that takes too long.  No more may be sent or delivered meanwhile.
+        """
+        for receiver in self.receivers:
+            if isinstance(receiver, Receiver):
+                with contextlib.suppress(DriverError, RemoteOnly):
+                    receiver.release_held()
+        return await self.slow.quiesce(limits.STOP_SECONDS)
+
+    def start_from_memory(self) -> None:
+        """Each queue goes on from where its used index in guest memory says it stands."""
+        self.close()
+        self._positions.clear()
+        self._unplaced.update(range(self._member.config.num_queues))
 
     def memory_released(self, start: int, end: int) -> None:
         """Guest memory at start … end - 1 is no longer there."""
@@ -240,7 +277,9 @@ class Queues:
             )
             self.receivers[pair] = receiver
             self.slow.add(index, receiver)
-        if ring is not None:
+        opened = self.receivers[pair]
+        if opened is not None:
+            opened.keep(self._held.pop(pair, []))
             self.receive_mask |= 1 << index
 
     def _open_transmitter(self, pair: int, headers: Headers) -> None:
@@ -291,12 +330,22 @@ class Queues:
                 event_idx=event_idx,
                 indirect=indirect,
             )
-        position = self.positions.get(index)
-        if position is not None:
-            ring.start(position.index, position.index)
-            ring.signalled = position.signalled
+        self._place(index, ring)
         self._rings[index] = ring
         return ring
+
+    def _place(self, index: int, ring: Ring) -> None:
+        position = self._positions.get(index)
+        if index not in self._unplaced:
+            if position is not None:
+                ring.start(position.index, position.index)
+                ring.signalled = position.signalled
+        elif isinstance(ring, SplitQueue):
+            used_idx = ring.used_idx
+            ring.start(used_idx, used_idx)
+            self._unplaced.discard(index)
+        else:
+            ring.start_from_memory()
 
     def _ring_views(
         self, registers: QueueState

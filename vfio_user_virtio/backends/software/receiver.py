@@ -11,7 +11,8 @@ buffer that is large enough, and one that is too long is dropped, as the standar
 When the driver has posted less than the largest frame needs, an uplink reads into what there is
 and, behind it, into a spill area of the process.  A frame that reached the spill area is held
 until there is room, so that a small ring loses nothing.  Where the driver's buffers are in more
-pieces than one readv takes, the spill area is all the room there is.
+pieces than one readv takes, the spill area is all the room there is.  What is held outlives the
+receiver (`take_held`, `keep`), so that a queue can be closed and opened again between two frames.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Receiver:
         self._room: Sequence[memoryview] = ()
         """What `reserve` gave last."""
         self._capacity = 0
-        self._held: bytes | None = None
+        self._held: list[bytes] = []
         self._kicks = True
         """Whether the driver tells us when it posts buffers."""
         self.too_long = 0
@@ -67,7 +68,7 @@ class Receiver:
 
     def reserve(self) -> Sequence[memoryview] | None:
         """Room for the largest frame, the driver's buffers first; None if it has posted none."""
-        if self._held is not None and not self._release_held():
+        if self._held and not self.release_held():
             return None
         views = self._views
         if self._mergeable:
@@ -91,11 +92,11 @@ class Receiver:
             return
         frame = self._reserved(size)
         if not self._deliver((frame,), size):
-            self._held = frame
+            self._held.append(frame)
 
     def deliver(self, frame: Sequence[Buffer], size: int) -> bool:
         """Copy a frame of `size` bytes in; False if there is no room now."""
-        if self._held is not None and not self._release_held():
+        if self._held and not self.release_held():
             return False
         return self._deliver(frame, size)
 
@@ -138,6 +139,24 @@ class Receiver:
     def _reserved(self, size: int) -> bytes:
         return first_bytes(self._room, size)
 
+    def keep(self, frames: list[bytes]) -> None:
+        """Deliver `frames`, which another receiver of this queue could not, before any other."""
+        self._held[:0] = frames
+
+    def take_held(self) -> list[bytes]:
+        """The frames that are held, oldest first; they are the caller's now."""
+        held, self._held = self._held, []
+        return held
+
+    def release_held(self) -> bool:
+        """Deliver what is held, as far as there is room; whether all of it is gone."""
+        while self._held:
+            frame = self._held[0]
+            if not self._deliver((frame,), len(frame)):
+                return False
+            del self._held[0]
+        return True
+
     def forget(self) -> None:
         """Give back every buffer that was taken and not filled, and drop the views."""
         if self._chains:
@@ -165,14 +184,6 @@ class Receiver:
         """Ask to be told when the driver posts more; False if it just has."""
         self._kicks = True
         return self._queue.enable_kicks()
-
-    def _release_held(self) -> bool:
-        held, self._held = self._held, None
-        assert held is not None
-        if self._deliver((held,), len(held)):
-            return True
-        self._held = held
-        return False
 
     def _finish(self, size: int) -> None:
         queue, chains, views = self._queue, self._chains, self._views

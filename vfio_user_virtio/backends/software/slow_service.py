@@ -89,6 +89,18 @@ class SlowReceiver:
     def forget(self) -> None:
         """Nothing of guest memory is kept here."""
 
+    def keep(self, frames: list[bytes]) -> None:
+        """Deliver `frames`, which another receiver of this queue could not, before any other."""
+        self._backlog.extendleft(reversed(frames))
+        self._backlog_bytes += sum(map(len, frames))
+
+    def take_held(self) -> list[bytes]:
+        """The frames that wait, oldest first; they are the caller's now."""
+        held = list(self._backlog)
+        self._backlog.clear()
+        self._backlog_bytes = 0
+        return held
+
     def should_interrupt(self) -> bool:
         return False
 
@@ -99,13 +111,14 @@ class SlowReceiver:
             chains = await self._gather(len(frame))
             if chains is None:
                 return
-            self._backlog.popleft()
-            self._backlog_bytes -= len(frame)
             if sum(total(chain.writable) for chain in chains) < len(frame):
                 queue.give_back(len(chains))
                 self.too_long += 1
+                self._take_first()
             else:
                 await self._fill(chains, frame)
+                self._take_first()
+                await queue.publish()
             self._room()
 
     async def _gather(self, size: int) -> list[SlowChain] | None:
@@ -113,7 +126,11 @@ class SlowReceiver:
         chains: list[SlowChain] = []
         room = 0
         while room < size and (self._mergeable or not chains) and len(chains) < self.queue.size:
-            chain = await self.queue.take()
+            try:
+                chain = await self.queue.take()
+            except QueueStopped:
+                self.queue.give_back(len(chains))
+                raise
             if chain is not None:
                 chains.append(chain)
                 room += total(chain.writable)
@@ -130,7 +147,9 @@ class SlowReceiver:
             written = await self.queue.write(chain.writable, rest)
             await self.queue.put(chain.head, written)
             rest = rest[written:]
-        await self.queue.publish()
+
+    def _take_first(self) -> None:
+        self._backlog_bytes -= len(self._backlog.popleft())
 
     def _has_room(self, size: int) -> bool:
         return len(self._backlog) < BACKLOG_FRAMES and self._backlog_bytes + size <= BACKLOG_BYTES
@@ -219,6 +238,8 @@ class SlowService:
         self._workers: dict[int, SlowWorker] = {}
         self._kicked: set[int] = set()
         self._wake = trio.Event()
+        self._serving = False
+        self._idle = trio.Event()
 
     def add(self, index: int, worker: SlowWorker) -> None:
         """Serve a queue from now on."""
@@ -237,6 +258,35 @@ class SlowService:
         self._workers.clear()
         self._kicked.clear()
 
+    async def quiesce(self, seconds: float) -> bool:
+        """Take no more from the rings, and wait until no access to guest memory is under way.
+
+        Frames that wait for the driver are delivered first, as far as it has room and half of the
+        time allows.  False: an access takes longer than `seconds`, and all queues go on as before.
+        """
+        for index, worker in self._workers.items():
+            if not isinstance(worker, SlowReceiver):
+                worker.queue.finish()
+                self._kicked.discard(index)
+        with trio.move_on_after(seconds / 2):
+            await self._until_idle()
+        for worker in self._workers.values():
+            worker.queue.finish()
+        self._kicked.clear()
+        with trio.move_on_after(seconds / 2):
+            await self._until_idle()
+        if not self._serving:
+            return True
+        for index, worker in self._workers.items():
+            worker.queue.go_on()
+            self.kick(index)
+        return False
+
+    async def _until_idle(self) -> None:
+        while self._serving or self._kicked:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
@@ -247,8 +297,14 @@ class SlowService:
                 self._kicked.discard(index)
                 worker = self._workers.get(index)
                 if worker is not None:
-                    await self._serve(index, worker)
+                    self._serving = True
+                    try:
+                        await self._serve(index, worker)
+                    finally:
+                        self._serving = False
+                        self._idle.set()
                 await trio.lowlevel.checkpoint()
+            self._idle.set()
 
     async def _serve(self, index: int, worker: SlowWorker) -> None:
         try:
