@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,17 @@ hypothesis.settings.load_profile("repeatable")
 
 LOG_BYTES: Final = 6000
 """How much of the end of each log a failed test shows."""
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: collections from here on need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """A test starts without another's garbage, so that what it counts (descriptors) is its own."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
