@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import hypothesis
 import pytest
 
-from tests.testbed.bed import Bed
+from tests.testbed.bed import Bed, TestbedMissing
 from tests.testbed.netns import NoNamespaces, open_netns, unshare_options
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ hypothesis.settings.load_profile("repeatable")
 
 LOG_BYTES: Final = 6000
 """How much of the end of each log a failed test shows."""
+
+
+def pytest_configure() -> None:
+    """What the system lacks, such as `ip`, is taken from the bed."""
+    with contextlib.suppress(TestbedMissing):
+        os.environ["PATH"] += f":{Bed.find().bin}"
 
 
 def pytest_collection_finish() -> None:

@@ -89,12 +89,6 @@ async def test_passt(
     bed: Bed, netns: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Addresses by its DHCP, and TCP to the host by way of its gateway address."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    wrapper = programs / "passt"
-    wrapper.write_text(f'#!/bin/sh\nexec {" ".join(bed.command("passt"))} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     await traffic.add_tap(netns)
     await netns.run("ip", "route", "add", "default", "via", GATEWAY)
     options = ("--socket-path", str(tmp_path / "vf.sock"), "--uplink", "passt")

@@ -1,9 +1,10 @@
 """Where the test bed lies and how its programs are run.
 
 The bed is an unpacked tree of Debian packages (`provision`), newer than the system that it lies
-on.  Its dynamic programs therefore run by the loader and the libraries of that tree; nothing is
-installed and no path is compiled in, so the folder may be moved.  A chroot was rejected: it needs
-root and hides the sockets and TAP devices of a test.  Standard library only.
+on.  Its dynamic programs therefore run by the loader and the libraries of that tree, which small
+scripts in `bin` see to; nothing is installed and no path is compiled in, so the folder may be
+moved.  A chroot was rejected: it needs root and hides the sockets and TAP devices of a test.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Counts up when the layout of the bed's folder changes."""
 
 SUITES: Final = ("trixie", "trixie-backports")
@@ -32,6 +33,26 @@ PROGRAMS: Final = (
     "passt",
     "zstd",
 )
+
+
+COMMANDS: Final = {
+    "ethtool": "",
+    "ip": "",
+    "iperf3": "",
+    "passt": "",
+    "qemu-system-x86_64": '-L "$sys/share/qemu" -L "$sys/share/seabios" -L "$sys/lib/ipxe/qemu"',
+    "zstd": "",
+}
+"""The programs that `bin` runs, and the arguments that each always gets."""
+
+SCRIPT: Final = """\
+#!/bin/sh
+sys=${{0%/*}}/../sys/usr
+libraries=$sys/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$libraries/qemu"
+exec "$sys/lib64/ld-linux-x86-64.so.2" --library-path "$libraries:$libraries/libproxy" \\
+    --argv0 {name} "${{0%/*}}/../sys/{program}" {arguments} "$@"
+"""
 
 
 def cache_root() -> Path:
@@ -57,8 +78,8 @@ class TestbedMissing(Exception):
 class Bed:
     """One provisioned bed.
 
-    `root` holds `sys` (the unpacked packages), `vmlinux` (the kernel as an ELF file, for PVH),
-    `bzImage` (the same as firmware loads it) and `manifest.json`.
+    `root` holds `sys` (the unpacked packages), `bin` (what runs their programs), `vmlinux` (the
+    kernel as an ELF file, for PVH), `bzImage` (the same as firmware loads it) and `manifest.json`.
     """
 
     root: Path
@@ -74,6 +95,10 @@ class Bed:
     @property
     def sys(self) -> Path:
         return self.root / "sys"
+
+    @property
+    def bin(self) -> Path:
+        return self.root / "bin"
 
     @property
     def manifest(self) -> Path:
@@ -118,25 +143,25 @@ class Bed:
         raise TestbedMissing(f"{name} is not in {self.sys}; remove {self.root} and `make setup`")
 
     def command(self, name: str) -> list[str]:
-        """The argument vector that runs a dynamic program of the bed on this system."""
-        return [
-            str(self.loader),
-            "--library-path",
-            f"{self.libraries}:{self.libraries / 'libproxy'}",
-            "--argv0",
-            name,
-            str(self.find_program(name)),
-        ]
+        """The argument vector that runs one of `COMMANDS` on this system."""
+        return [str(self.bin / name)]
 
     def applet(self, name: str) -> list[str]:
         """The argument vector of a busybox applet on this system."""
         return [str(self.busybox), name]
 
     def qemu(self) -> list[str]:
-        """QEMU with its firmware folders."""
-        folders = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
-        search = [word for folder in folders for word in ("-L", str(self.sys / folder))]
-        return [*self.command("qemu-system-x86_64"), *search]
+        """QEMU, which finds its firmware."""
+        return self.command("qemu-system-x86_64")
+
+    def write_commands(self) -> None:
+        """The scripts in `bin`, one for each of `COMMANDS`."""
+        self.bin.mkdir()
+        for name, arguments in COMMANDS.items():
+            program = self.find_program(name).relative_to(self.sys)
+            script = self.bin / name
+            script.write_text(SCRIPT.format(name=name, program=program, arguments=arguments))
+            script.chmod(0o755)
 
     def versions(self) -> dict[str, str]:
         """Package name to version, as they were fetched."""

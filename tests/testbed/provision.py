@@ -162,6 +162,7 @@ def build(root: Path) -> None:
     shutil.rmtree(root / "apt")
     for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale"):
         shutil.rmtree(made.sys / folder, ignore_errors=True)
+    made.write_commands()
     say("unpacking the kernel image, so that the guest need not")
     found = [*made.sys.glob("usr/lib/modules/*/vmlinuz"), *made.sys.glob("boot/vmlinuz-*")]
     if len(found) != 1:
