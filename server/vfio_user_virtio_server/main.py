@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.set_up(options.log_level, options.log_format)
     command = _load(COMMANDS[options.command])
     try:
-        return command.run(options)
+        code = command.run(options)
+        sys.stdout.flush()  # a reader that has gone is met here, not when the interpreter ends
+        return code
     except ConfigError as error:
         return _fail(str(error), os.EX_CONFIG)
     except HostError as error:
