@@ -30,6 +30,8 @@ SANS_IO: Final = (
     "migration.stream",
     "migration.private_record",
     "migration.precopy",
+    "memory.bitmap",
+    "memory.dirty_log",
 )
 """Packages and modules that know no sockets, files, event loop or clock."""
 IO_MODULES: Final = ("asyncio", "fcntl", "mmap", "select", "selectors", "socket", "trio")

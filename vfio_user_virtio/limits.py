@@ -168,7 +168,7 @@ MAX_PRIVATE_FIELDS: Final = 64
 
 MAX_DIRTY_CHUNKS: Final = 131_072
 """Chunks of 8,192 pages that a dirty log keeps: 4 TiB (`MAX_MAPPED_BYTES`) in pages of 4 KiB, in
-160 MiB of memory.  A guest can spread its writes wider only with a vIOMMU."""
+144 MiB of memory.  A guest can spread its writes wider only with a vIOMMU."""
 
 STOP_SECONDS: Final = 1.0
 """How long a member that is being stopped waits for accesses to guest memory that are under way;
