@@ -64,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = command.run(options)
         sys.stdout.flush()  # a reader that has gone is met here, not when the interpreter ends
-        return code
     except ConfigError as error:
         return _fail(str(error), os.EX_CONFIG)
     except HostError as error:
@@ -77,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return os.EX_IOERR
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
+    return code
 
 
 class Parser(argparse.ArgumentParser):
