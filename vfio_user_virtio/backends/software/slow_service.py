@@ -264,6 +264,8 @@ class SlowService:
         Frames that wait for the driver are delivered first, as far as it has room and half of the
         time allows.  False: an access takes longer than `seconds`, and all queues go on as before.
         """
+        if not self._workers and not self._serving:
+            return True
         for index, worker in self._workers.items():
             if not isinstance(worker, SlowReceiver):
                 worker.queue.finish()
