@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,12 @@ class Client:
         for fd in self.held:
             os.close(fd)
         assert open_fds() == self.before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Fds are counted here, and none may belong to what other tests left to be collected."""
+    gc.collect()
 
 
 @pytest.fixture

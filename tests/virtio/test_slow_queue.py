@@ -26,7 +26,7 @@ from tests.virtio.rings import (
     SlowRing,
     finish,
 )
-from vfio_user_virtio.errors import DriverError
+from vfio_user_virtio.errors import ConnectionLost, DriverError
 from vfio_user_virtio.virtio.slow_queue import Piece, QueueStopped, SlowQueue, total
 
 if TYPE_CHECKING:
@@ -243,3 +243,25 @@ def test_a_position_that_only_guest_memory_knows() -> None:
     queue.start_from_memory()
     queue.start(3, 3)
     assert (queue.placed, queue.next_used) == (True, 3)
+
+
+def test_it_goes_on_from_what_was_published_though_an_access_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def lost(iova: int, data: bytes) -> None:
+        raise ConnectionLost("no reply")
+
+    queue, memory = a_queue()
+    assert finish(queue.take()) is not None
+    finish(queue.resume())
+    assert (queue.next_avail, queue.next_used) == (0, 0)
+    chain = finish(queue.take())
+    assert chain is not None
+    finish(queue.put(chain.head, 0))
+    with monkeypatch.context() as out_of_reach:
+        out_of_reach.setattr(memory, "write", lost)
+        with pytest.raises(ConnectionLost):
+            finish(queue.publish())
+    assert RingDriver(SIZE, memory).used_index == 0
+    finish(queue.resume())
+    assert RingDriver(SIZE, memory).used_index == queue.next_avail == queue.next_used == 1

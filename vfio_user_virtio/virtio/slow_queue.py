@@ -90,6 +90,7 @@ class SlowQueue:
         self._indirect = indirect
         self._stopped = False
         self._finishing = False
+        self._publishing = False
         self.placed = True
         """Whether the position is known; if not, the first `take` reads it from guest memory."""
         self.next_avail = 0
@@ -144,6 +145,15 @@ class SlowQueue:
         """Un-take the last `entries` chains, of which none was put: they will be taken again."""
         self.next_avail = (self.next_avail - entries) & 0xFFFF
 
+    async def resume(self) -> None:
+        """Go on from what was published, though an access failed since.
+
+        All chains after it will be taken again, and it is published again if that is not sure.
+        """
+        self.next_avail = self.next_used = self.published
+        if self._publishing:
+            await self.publish()
+
     async def read(self, pieces: list[Piece], limit: int) -> bytes:
         """The bytes of `pieces`, at most `limit` of them."""
         parts: list[bytes] = []
@@ -172,19 +182,23 @@ class SlowQueue:
         """Let the driver see every entry that was put."""
         order_accesses()
         self.published = self.next_used
+        self._publishing = True
         await self._write(self._used + 2, self.next_used.to_bytes(2, "little"))
+        self._publishing = False
 
     async def should_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was published since the last call."""
         new, old = self.next_used, self.signalled
         if new == old:
             return False
-        self.signalled = new
         full_barrier()
         if self._event_idx:
             event = await self._read_u16(self._avail + 4 + 2 * self.size)
-            return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
-        return not await self._read_u16(self._avail) & AVAIL_F_NO_INTERRUPT
+            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not await self._read_u16(self._avail) & AVAIL_F_NO_INTERRUPT
+        self.signalled = new
+        return wanted
 
     async def disable_kicks(self) -> None:
         """Ask the driver not to notify while the ring is being worked on."""

@@ -5,6 +5,10 @@ the client waits for us.  So none of this happens in a command: kicks and frames
 going (`SlowService.run`), which takes as long as it takes.  What the switch hands over meanwhile
 waits in a bounded backlog.
 
+A pass over one queue is short (`TURN`), the member's queues take turns, and between two frames
+other tasks have theirs: memory that is mapped, though in pieces, makes nobody wait by itself.  When
+a client does not answer, the queue goes back to what it has published and tries again later.
+
 The rules of the ring are those of `virtio.slow_queue`; what is done with the frames is the same as
 in `receiver` and `transmitter`, whose interfaces the classes here share as far as they are called
 from the switch's side.
@@ -35,6 +39,10 @@ _log: Final = logging.getLogger(__name__)
 
 BACKLOG_FRAMES: Final = 64
 BACKLOG_BYTES: Final = 16 * LARGEST
+TURN: Final = 32
+"""Chains of one queue before the next queue has its turn."""
+RETRY_SECONDS: Final = 1.0
+"""Pause after a client has let a request of ours time out."""
 _NUM_BUFFERS: Final = slice(10, 12)
 _BOUNCE: Final = memoryview(bytearray(LARGEST + 1))
 
@@ -44,8 +52,11 @@ class SlowWorker(Protocol):
 
     queue: SlowQueue
 
-    async def run(self) -> None:
-        """Do what there is to do.  Raises DriverError, QueueStopped, or what the memory raises."""
+    async def run(self) -> bool:
+        """Do what there is to do, for a while; whether there may be more.
+
+        Raises DriverError, QueueStopped, or what the memory raises.
+        """
         ...
 
 
@@ -104,13 +115,15 @@ class SlowReceiver:
     def should_interrupt(self) -> bool:
         return False
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         queue = self.queue
-        while self._backlog:
+        for _ in range(TURN):
+            if not self._backlog:
+                return False
             frame = self._backlog[0]
             chains = await self._gather(len(frame))
             if chains is None:
-                return
+                return False
             if sum(total(chain.writable) for chain in chains) < len(frame):
                 queue.give_back(len(chains))
                 self.too_long += 1
@@ -120,6 +133,8 @@ class SlowReceiver:
                 self._take_first()
                 await queue.publish()
             self._room()
+            await trio.lowlevel.checkpoint()
+        return True
 
     async def _gather(self, size: int) -> list[SlowChain] | None:
         """Chains for a frame of `size` bytes, or None, and kicks on, if there are too few."""
@@ -134,6 +149,7 @@ class SlowReceiver:
             if chain is not None:
                 chains.append(chain)
                 room += total(chain.writable)
+                await trio.lowlevel.checkpoint()
             elif await self.queue.enable_kicks():
                 self.queue.give_back(len(chains))
                 return None
@@ -174,20 +190,22 @@ class SlowTransmitter:
         self._send = send
         self.invalid = 0
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         queue = self.queue
         await queue.disable_kicks()
-        while True:
+        for _ in range(TURN):
             chain = await queue.take()
             if chain is None:
                 if await queue.enable_kicks():
-                    return
+                    return False
                 continue
             if not await self._transmit(chain.readable):
                 queue.give_back()
-                return
+                return False
             await queue.put(chain.head, 0)
             await queue.publish()
+            await trio.lowlevel.checkpoint()
+        return True
 
     async def _transmit(self, pieces: list[Piece]) -> bool:
         """Whether the frame in `pieces` is gone, be it sent or dropped."""
@@ -209,18 +227,20 @@ class SlowControl:
         self.queue = queue
         self._execute = execute
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         queue = self.queue
-        while True:
+        for _ in range(TURN):
             chain = await queue.take()
             if chain is None:
                 if await queue.enable_kicks():
-                    return
+                    return False
                 continue
             command = await queue.read(chain.readable, limits.MAX_CONTROL_SIZE)
             written = await queue.write(chain.writable, self._execute(command))
             await queue.put(chain.head, written)
             await queue.publish()
+            await trio.lowlevel.checkpoint()
+        return True
 
 
 class SlowService:
@@ -238,6 +258,8 @@ class SlowService:
         self._workers: dict[int, SlowWorker] = {}
         self._kicked: set[int] = set()
         self._wake = trio.Event()
+        self._last = -1
+        self._out_of_reach = False
         self._serving = False
         self._idle = trio.Event()
 
@@ -295,8 +317,7 @@ class SlowService:
             await self._wake.wait()
             self._wake = trio.Event()
             while self._kicked:
-                index = min(self._kicked)
-                self._kicked.discard(index)
+                index = self._next_kicked()
                 worker = self._workers.get(index)
                 if worker is not None:
                     self._serving = True
@@ -305,24 +326,39 @@ class SlowService:
                     finally:
                         self._serving = False
                         self._idle.set()
-                await trio.lowlevel.checkpoint()
+                if self._out_of_reach:
+                    await trio.sleep(RETRY_SECONDS)
+                else:
+                    await trio.lowlevel.checkpoint()
             self._idle.set()
+
+    def _next_kicked(self) -> int:
+        """The next queue whose turn it is."""
+        index = min((i for i in self._kicked if i > self._last), default=min(self._kicked))
+        self._last = index
+        self._kicked.discard(index)
+        return index
 
     async def _serve(self, index: int, worker: SlowWorker) -> None:
         try:
-            await worker.run()
+            await worker.queue.resume()
+            more = await worker.run()
             wanted = await worker.queue.should_interrupt()
+            self._out_of_reach = False
         except QueueStopped:
             return
         except ConnectionLost as lost:
-            _log.info(
-                "queue %d waits for its next kick: guest memory is out of reach: %s", index, lost
-            )
+            if not self._out_of_reach:
+                _log.info("queue %d waits: guest memory is out of reach: %s", index, lost)
+            self._out_of_reach = True
+            self.kick(index)
         except DriverError as error:
             self._failed(error)
         except RemoteError as error:
             self._failed(DriverError(f"guest memory without an fd could not be reached: {error}"))
         else:
+            if more:
+                self.kick(index)
             if wanted:
                 self._interrupt(index)
             self._sent()
