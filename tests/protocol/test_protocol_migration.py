@@ -27,8 +27,6 @@ from vfio_user_virtio.protocol.migration import (
     encode_migration_write_request,
 )
 
-REQUESTABLE = {1, 2, 3, 4, 6}
-
 
 def test_flags() -> None:
     flags = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
@@ -49,11 +47,11 @@ def test_states(state: MigrationState) -> None:
     data = encode_device_state(state)
     assert data == struct.pack("<II", state, 0xFFFFFFFF)
     assert decode_device_state_reply_untrusted(data) is state
-    if state in REQUESTABLE:
+    if state is not MigrationState.ERROR:
         assert decode_device_state_request_untrusted(data) is state
 
 
-@pytest.mark.parametrize("state", [0, 5, 7, 8, 0xFFFFFFFF])
+@pytest.mark.parametrize("state", [0, 8, 0xFFFFFFFF])
 def test_states_nobody_may_ask_for(state: int) -> None:
     with pytest.raises(ClientError, match=f"state {state}, not one of STOP \\(1\\), ") as caught:
         decode_device_state_request_untrusted(struct.pack("<II", state, 0))

@@ -57,7 +57,7 @@ class MigrationFlags(enum.IntFlag):
 
 
 class MigrationState(enum.IntEnum):
-    """Migration states by number; the …_P2P ones are not used over vfio-user."""
+    """Migration states by number; the specification has no …_P2P ones, generic VFIO clients do."""
 
     ERROR = 0
     STOP = 1
@@ -69,15 +69,7 @@ class MigrationState(enum.IntEnum):
     PRE_COPY_P2P = 7
 
 
-_REQUESTABLE: Final = frozenset(
-    {
-        MigrationState.STOP,
-        MigrationState.RUNNING,
-        MigrationState.STOP_COPY,
-        MigrationState.RESUMING,
-        MigrationState.PRE_COPY,
-    }
-)
+_REQUESTABLE: Final = frozenset(MigrationState) - {MigrationState.ERROR}
 
 
 def encode_migration_flags(flags: MigrationFlags) -> bytes:
@@ -106,7 +98,10 @@ def encode_device_state(state: MigrationState) -> bytes:
 
 
 def decode_device_state_request_untrusted(data: Buffer) -> MigrationState:
-    """The state a SET asks for.  Raises ClientError(EINVAL), for ERROR and the P2P states too."""
+    """The state a SET asks for; whether the device has it is its to say.
+
+    Raises ClientError(EINVAL) for what is no state, and for ERROR.
+    """
     if len(data) != DEVICE_STATE_SIZE:
         raise refuse(f"SET MIG_DEVICE_STATE brings {len(data)} bytes, not {DEVICE_STATE_SIZE}")
     state = DEVICE_STATE.unpack(data)[0]
