@@ -284,7 +284,8 @@ class SlowService:
         """Take no more from the rings, and wait until no access to guest memory is under way.
 
         Frames that wait for the driver are delivered first, as far as it has room and half of the
-        time allows.  False: an access takes longer than `seconds`, and all queues go on as before.
+        time allows.  False: an access takes longer than `seconds`.  Then, and after a cancellation,
+        all queues go on as before.
         """
         if not self._workers and not self._serving:
             return True
@@ -292,19 +293,25 @@ class SlowService:
             if not isinstance(worker, SlowReceiver):
                 worker.queue.finish()
                 self._kicked.discard(index)
-        with trio.move_on_after(seconds / 2):
-            await self._until_idle()
-        for worker in self._workers.values():
-            worker.queue.finish()
-        self._kicked.clear()
-        with trio.move_on_after(seconds / 2):
-            await self._until_idle()
-        if not self._serving:
-            return True
+        idle = False
+        try:
+            with trio.move_on_after(seconds / 2):
+                await self._until_idle()
+            for worker in self._workers.values():
+                worker.queue.finish()
+            self._kicked.clear()
+            with trio.move_on_after(seconds / 2):
+                await self._until_idle()
+            idle = not self._serving
+        finally:
+            if not idle:
+                self._go_on()
+        return idle
+
+    def _go_on(self) -> None:
         for index, worker in self._workers.items():
             worker.queue.go_on()
             self.kick(index)
-        return False
 
     async def _until_idle(self) -> None:
         while self._serving or self._kicked:
