@@ -1,6 +1,6 @@
 """`python -m tests.bench`: measures ours against its peers, side by side, and says how it went.
 
-    python -m tests.bench [--quick] [--json FILE] [NAME …]
+    python -m tests.bench [--quick] [--pin] [--json FILE] [NAME …]
 
 What each benchmark measures is told in README.md beside this.
 """
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import trio
 
 from tests.bench import dma_maps, guest_traffic, process, register_access
@@ -56,12 +57,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="fewer samples, about a minute")
+    parser.add_argument(
+        "--pin", action="store_true", help="give the vCPU and the server a processor each"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there, too")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    effort = QUICK if options.quick else FULL
+    effort = attrs.evolve(QUICK if options.quick else FULL, pinned=options.pin)
     figures = trio.run(functools.partial(measure, options.names or list(BENCHMARKS), effort))
     print(table(figures))
     if options.json:

@@ -98,8 +98,11 @@ class Contender:
 def running(path: Path, *argv: str) -> Iterator[Contender]:
     """The process that `argv` starts and whose socket will be `path`."""
     log = path.with_suffix(".log")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as file:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env
+        )
     try:
         yield Contender(process, path, log)
     finally:

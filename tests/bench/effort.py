@@ -13,7 +13,7 @@ class Effort:
 
     `round_trips` per block of register accesses, `starts` of each server, `idle_seconds` watched,
     `members` beside the first, `maps` numbers of DMA mappings, `pairs` of samples of each kind of
-    guest traffic: transfers of `seconds`, blocks of `pings`.
+    guest traffic: transfers of `seconds`, blocks of `pings`.  `pinned`: see `guest_traffic`.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Effort:
     pairs: int
     seconds: int
     pings: int
+    pinned: bool = False
 
 
 FULL: Final = Effort(

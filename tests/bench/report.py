@@ -73,6 +73,7 @@ def document(figures: Sequence[Figure], effort: Effort) -> dict[str, Json]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "effort": effort.name,
+        "pinned": effort.pinned,
         "machine": machine(),
         "figures": [_figure(figure) for figure in figures],
     }
