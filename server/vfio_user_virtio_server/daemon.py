@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from vfio_user_virtio.backends.software.migratable import migratable_members
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
 from vfio_user_virtio_server import activation, sockets
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
+    from vfio_user_virtio.migration.migratable_device import MigratableDevice
     from vfio_user_virtio_server.config import OwnerConfig, ServedMember
 
 _log: Final = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ async def _main(
         doors = _open_doors(members, passed, closers)
         owners = [assemble(config, closers) for config in configs]
         broken: list[str] = []
-        devices = [member for owner in owners for member in owner.members.values()]
+        devices = [device for owner in owners for device in await _devices(owner)]
         try:
             async with trio.open_nursery() as outer:
                 for owner in owners:
@@ -105,6 +107,11 @@ async def _main(
                 raise HostError(f"{broken[0]}; restart with a socket that listens")
             return
         raise failure
+
+
+async def _devices(owner: Owner) -> list[MigratableDevice]:
+    """The members of `owner` as what is served, in their order."""
+    return list((await migratable_members(owner)).values())
 
 
 async def _stop_on_signal(

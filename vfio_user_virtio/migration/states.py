@@ -28,6 +28,9 @@ from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+Options: TypeAlias = MigrationFlags
+"""Which of the optional states a device has."""
+
 Arc: TypeAlias = tuple[MigrationState, MigrationState]
 """A single step, from the first state to the second."""
 

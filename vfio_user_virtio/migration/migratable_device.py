@@ -1,0 +1,187 @@
+"""A device with migration: any `Device`, and the `MemberMigration` of the member that it is.
+
+What a client asks of a device feature or of the migration stream is answered here; all else is
+handed on.  So the software member and a physical VF migrate by the same code, and neither knows of
+the other's.
+
+Features (vfio-user, VFIO_USER_DEVICE_FEATURE): MIGRATION and MIG_DATA_SIZE can be got,
+MIG_DEVICE_STATE got and set, DMA_LOGGING_START and _STOP set, DMA_LOGGING_REPORT got.  Each can be
+probed for that.  Any other answers ENOTTY, which is what newer clients take for "not there".
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final, Protocol
+
+from vfio_user_virtio.device import FeatureOperation, ResetCause, VfioRegion
+from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.protocol.dma_logging import (
+    decode_logging_report_untrusted,
+    decode_logging_start_untrusted,
+    encode_logging_report_reply,
+)
+from vfio_user_virtio.protocol.feature import Feature
+from vfio_user_virtio.protocol.migration import (
+    decode_device_state_request_untrusted,
+    encode_data_size,
+    encode_device_state,
+    encode_migration_flags,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from vfio_user_virtio.device import (
+        Device,
+        DeviceInfo,
+        DmaMapping,
+        IrqInfo,
+        IrqRequest,
+        RegionInfo,
+        RemoteMemory,
+    )
+    from vfio_user_virtio.migration.member_migration import MemberMigration
+    from vfio_user_virtio.protocol.dma_logging import LoggingReport, LoggingStart
+
+_GET: Final = FeatureOperation.GET
+_SET: Final = FeatureOperation.SET
+
+
+class DmaLogging(Protocol):
+    """A device that can tell which guest memory it wrote.  Raises ClientError."""
+
+    def start_logging(self, start: LoggingStart) -> None: ...
+
+    def stop_logging(self) -> None: ...
+
+    def report_logging(self, report: LoggingReport) -> bytes:
+        """The bitmap of pages written since the last report of them."""
+        ...
+
+
+class MigratableDevice:
+    """`device`, which is migrated by `migration`; `logging` tells what it wrote, if it can."""
+
+    def __init__(
+        self, device: Device, migration: MemberMigration, logging: DmaLogging | None
+    ) -> None:
+        self.migration = migration
+        self._device = device
+        self._logging = logging
+
+    # --- features ------------------------------------------------------------------------------
+
+    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
+        handlers = _FEATURES.get(index)
+        if handlers is None or (self._logging is None and index in _LOGGING):
+            raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
+        for wanted in (_GET, _SET):
+            if operation & wanted and wanted not in handlers:
+                raise ClientError(errno.EINVAL, f"device feature {index} has no {wanted.name}")
+        if operation & FeatureOperation.PROBE:
+            return b""
+        return await handlers[_GET if operation & _GET else _SET](self, data)
+
+    async def _get_flags(self, data: bytes) -> bytes:
+        return encode_migration_flags(self.migration.options)
+
+    async def _get_state(self, data: bytes) -> bytes:
+        return encode_device_state(self.migration.state)
+
+    async def _set_state(self, data: bytes) -> bytes:
+        await self.migration.set_state(decode_device_state_request_untrusted(data))
+        return encode_device_state(self.migration.state)
+
+    async def _get_data_size(self, data: bytes) -> bytes:
+        return encode_data_size(await self.migration.data_size())
+
+    async def _start_logging(self, data: bytes) -> bytes:
+        assert self._logging is not None
+        self._logging.start_logging(decode_logging_start_untrusted(data))
+        return data
+
+    async def _stop_logging(self, data: bytes) -> bytes:
+        assert self._logging is not None
+        self._logging.stop_logging()
+        return b""
+
+    async def _report_logging(self, data: bytes) -> bytes:
+        assert self._logging is not None
+        report = decode_logging_report_untrusted(data)
+        return encode_logging_report_reply(report, self._logging.report_logging(report))
+
+    async def migration_read(self, count: int) -> bytes:
+        return self.migration.read(count)
+
+    async def migration_write(self, data: bytes | memoryview) -> None:
+        await self.migration.write(data)
+
+    # --- what has a say in the migration -------------------------------------------------------
+
+    async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
+        await self._device.region_write(index, offset, data)
+        if index == VfioRegion.CONFIG:
+            await self.migration.function_was_reset()
+
+    async def reset(self, cause: ResetCause) -> None:
+        await self._device.reset(cause)
+        await self.migration.device_was_reset()
+
+    async def release(self) -> None:
+        try:
+            await self.migration.client_is_gone()
+        finally:
+            if self._logging is not None:
+                self._logging.stop_logging()
+            await self._device.release()
+
+    # --- all else ------------------------------------------------------------------------------
+
+    def device_info(self) -> DeviceInfo:
+        return self._device.device_info()
+
+    def region_info(self, index: int) -> RegionInfo:
+        return self._device.region_info(index)
+
+    def irq_info(self, index: int) -> IrqInfo:
+        return self._device.irq_info(index)
+
+    async def region_read(self, index: int, offset: int, count: int) -> bytes:
+        return await self._device.region_read(index, offset, count)
+
+    async def set_irqs(self, request: IrqRequest) -> None:
+        await self._device.set_irqs(request)
+
+    async def dma_map(self, mapping: DmaMapping) -> None:
+        await self._device.dma_map(mapping)
+
+    async def dma_unmap(self, iova: int, size: int) -> None:
+        await self._device.dma_unmap(iova, size)
+
+    def work(self) -> None:
+        self._device.work()
+
+    async def serve(self, memory: RemoteMemory) -> None:
+        await self._device.serve(memory)
+
+
+_FEATURES: Final[
+    Mapping[
+        int,
+        Mapping[FeatureOperation, Callable[[MigratableDevice, bytes], Awaitable[bytes]]],
+    ]
+] = {
+    Feature.MIGRATION: {_GET: MigratableDevice._get_flags},
+    Feature.MIG_DEVICE_STATE: {
+        _GET: MigratableDevice._get_state,
+        _SET: MigratableDevice._set_state,
+    },
+    Feature.MIG_DATA_SIZE: {_GET: MigratableDevice._get_data_size},
+    Feature.DMA_LOGGING_START: {_SET: MigratableDevice._start_logging},
+    Feature.DMA_LOGGING_STOP: {_SET: MigratableDevice._stop_logging},
+    Feature.DMA_LOGGING_REPORT: {_GET: MigratableDevice._report_logging},
+}
+_LOGGING: Final = frozenset(
+    {Feature.DMA_LOGGING_START, Feature.DMA_LOGGING_STOP, Feature.DMA_LOGGING_REPORT}
+)
