@@ -142,16 +142,14 @@ class Queues:
         """All queues start anew; how many frames had been held for them."""
         return sum(self.forget(index) for index in range(self._member.config.num_queues))
 
-    async def quiesce(self) -> bool:
-        """Give the driver what is held for it, as far as it has room, and finish what was taken.
-
-        False if that takes too long.  No more may be sent or delivered meanwhile.
-        """
+    def settle(self) -> bool:
+        """Give the driver what is held for it, as far as it has room; whether that is all, or
+        something is under way that has to be waited for (`SlowService.quiesce`)."""
         for receiver in self.receivers:
             if isinstance(receiver, Receiver):
                 with contextlib.suppress(DriverError, RemoteOnly):
                     receiver.release_held()
-        return await self.slow.quiesce(limits.STOP_SECONDS)
+        return self.slow.idle
 
     def start_from_memory(self) -> None:
         """Each queue goes on from where its used index in guest memory says it stands."""

@@ -280,6 +280,11 @@ class SlowService:
         self._workers.clear()
         self._kicked.clear()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no queue is served, and no access to guest memory is under way."""
+        return not self._workers and not self._serving
+
     async def quiesce(self, seconds: float) -> bool:
         """Take no more from the rings, and wait until no access to guest memory is under way.
 
@@ -287,8 +292,6 @@ class SlowService:
         time allows.  False: an access takes longer than `seconds`.  Then, and after a cancellation,
         all queues go on as before.
         """
-        if not self._workers and not self._serving:
-            return True
         for index, worker in self._workers.items():
             if not isinstance(worker, SlowReceiver):
                 worker.queue.finish()

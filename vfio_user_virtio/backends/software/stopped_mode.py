@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.member_parts import (
     DeviceState,
     largest_image_size,
@@ -66,21 +67,26 @@ class StoppedMode:
         """
         if self.stopped or self.stopping:
             return self.stopped
+        if self._queues.settle() or await self._quiesced():
+            self.stopped = True
+            self._member.flush()
+            self._member.update_running()
+            _log.info("%s: stopped", self._member.name)
+        return self.stopped
+
+    async def _quiesced(self) -> bool:
         member = self._member
+        quiet = False
         self.stopping = True
         member.paused()
         try:
-            self.stopped = await self._queues.quiesce()
+            quiet = await self._queues.slow.quiesce(limits.STOP_SECONDS)
         finally:
             self.stopping = False
-            if self.stopped:
-                member.flush()
-                _log.info("%s: stopped", member.name)
-            member.update_running()
-            if not self.stopped:
+            if not quiet:
                 member.paused()
                 member.resume()
-        return self.stopped
+        return quiet
 
     def resume(self) -> None:
         """Leave STOPPED mode: what was staged takes effect.  Nothing if it is running."""
