@@ -155,6 +155,9 @@ class CounterDevice:
     async def migration_write(self, data: bytes | memoryview) -> None:
         raise ClientError(errno.EINVAL, "this device does not migrate")
 
+    async def precopy_info(self) -> tuple[int, int]:
+        raise ClientError(errno.EINVAL, "this device does not migrate")
+
     def work(self) -> None:
         """After each batch of commands; there is nothing that was put off."""
 

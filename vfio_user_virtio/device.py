@@ -167,6 +167,26 @@ class DmaMapping:
     offset: int = 0
 
 
+@attrs.frozen
+class LoggingStart:
+    """Log writes in pages of `page_size` bytes, in `ranges` of (iova, length), or everywhere.
+
+    The page size is a hint, a power of two.
+    """
+
+    page_size: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+
+@attrs.frozen
+class LoggingReport:
+    """Which of the pages of `page_size` bytes in `iova` … `iova` + `length` - 1 were written?"""
+
+    iova: int
+    length: int
+    page_size: int
+
+
 class RemoteMemory(Protocol):
     """Guest memory reached by messages to the client, for mappings that came without an fd.
 
@@ -240,6 +260,10 @@ class Device(Protocol):
         ...
 
     async def migration_write(self, data: bytes | memoryview) -> None: ...
+
+    async def precopy_info(self) -> tuple[int, int]:
+        """Bytes of device state to read in PRE_COPY: of the first image, and of later ones."""
+        ...
 
     def work(self) -> None:
         """Do the work that commands since the last call gave rise to (queues that were kicked).

@@ -118,7 +118,11 @@ async def test_a_device_moves(*, precopy: bool) -> None:
         await go(there, RESUMING)
         if precopy:
             await go(here, PRE_COPY)
-            await there.migration_write(await read_all(here))
+            initial, dirty = await here.precopy_info()
+            stream = await read_all(here)
+            assert (initial, dirty) == (len(stream), 0)
+            await there.migration_write(stream)
+            assert await here.precopy_info() == (0, 0)
         await go(here, STOP_COPY)
         await there.migration_write(await read_all(here))
         await go(there, RUNNING)

@@ -167,6 +167,10 @@ class MemoryDevice:
         await self._call("migration_write")
         self.stream += data
 
+    async def precopy_info(self) -> tuple[int, int]:
+        await self._call("precopy_info")
+        return len(self.stream), 0
+
     def work(self) -> None:
         self.works += 1
 

@@ -165,7 +165,7 @@ async def test_10_size_is_beyond_all_limits(size: int) -> None:
         await client.cut_off()
 
 
-@pytest.mark.parametrize("command", [0, 14, 19, 99, 0xFFFF])
+@pytest.mark.parametrize("command", [0, 14, 20, 99, 0xFFFF])
 async def test_11_unknown_command_is_drained(command: int) -> None:
     async with raw_client() as client:
         assert await client.refused(command, bytes(100_000)) == errno.ENOSYS

@@ -252,6 +252,7 @@ async def test_migration_data() -> None:
         await client.migration_write(b"device ")
         await client.migration_write(b"state")
         assert await client.migration_read(7) == b"device "
+        assert await client.precopy_info() == (5, 0)
         assert await client.migration_read(100) == b"state"
         assert await client.migration_read(100) == b""
 

@@ -38,11 +38,12 @@ if TYPE_CHECKING:
         DmaMapping,
         IrqInfo,
         IrqRequest,
+        LoggingReport,
+        LoggingStart,
         RegionInfo,
         RemoteMemory,
     )
     from vfio_user_virtio.migration.member_migration import MemberMigration
-    from vfio_user_virtio.protocol.dma_logging import LoggingReport, LoggingStart
 
 _GET: Final = FeatureOperation.GET
 _SET: Final = FeatureOperation.SET
@@ -116,6 +117,10 @@ class MigratableDevice:
 
     async def migration_write(self, data: bytes | memoryview) -> None:
         await self.migration.write(data)
+
+    async def precopy_info(self) -> tuple[int, int]:
+        info = await self.migration.precopy_info()
+        return info.initial_bytes, info.dirty_bytes
 
     # --- what has a say in the migration -------------------------------------------------------
 

@@ -39,8 +39,8 @@ ERROR: Final = 1 << 5
 class Command(enum.IntEnum):
     """Commands (vfio-user, Commands); DMA_READ and DMA_WRITE go from server to client.
 
-    14 was DIRTY_PAGES and is retired.  19 is kept free: a fork of QEMU uses it as
-    MIG_GET_PRECOPY_INFO, no release does.
+    14 was DIRTY_PAGES and is retired.  19 is in no release of the specification: a fork of QEMU
+    uses it (see `precopy_info`).
     """
 
     VERSION = 1
@@ -60,6 +60,7 @@ class Command(enum.IntEnum):
     DEVICE_FEATURE = 16
     MIG_DATA_READ = 17
     MIG_DATA_WRITE = 18
+    MIG_GET_PRECOPY_INFO = 19
 
 
 COMMANDS_WITH_FDS: Final = frozenset({Command.DMA_MAP, Command.DEVICE_SET_IRQS})

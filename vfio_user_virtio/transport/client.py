@@ -57,6 +57,10 @@ from vfio_user_virtio.protocol.migration import (
     encode_migration_read_request,
     encode_migration_write_request,
 )
+from vfio_user_virtio.protocol.precopy_info import (
+    decode_precopy_info_reply_untrusted,
+    encode_precopy_info_request,
+)
 from vfio_user_virtio.protocol.region import (
     decode_region_read_reply_untrusted,
     decode_region_write_multi_reply_untrusted,
@@ -244,6 +248,13 @@ class Client:
 
     async def migration_write(self, data: Buffer) -> None:
         await self._requests.request(Command.MIG_DATA_WRITE, encode_migration_write_request(data))
+
+    async def precopy_info(self) -> tuple[int, int]:
+        """Bytes to read in PRE_COPY: of the first image, and of later ones."""
+        payload = encode_precopy_info_request()
+        return decode_precopy_info_reply_untrusted(
+            await self._requests.request(Command.MIG_GET_PRECOPY_INFO, payload)
+        )
 
     # --- the connection -------------------------------------------------------------------------
 

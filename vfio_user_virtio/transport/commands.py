@@ -48,6 +48,10 @@ from vfio_user_virtio.protocol.migration import (
     decode_migration_write_request_untrusted,
     encode_migration_read_reply,
 )
+from vfio_user_virtio.protocol.precopy_info import (
+    decode_precopy_info_request_untrusted,
+    encode_precopy_info_reply,
+)
 from vfio_user_virtio.protocol.region import (
     REGION_ACCESS_SIZE,
     check_region_range,
@@ -110,6 +114,7 @@ class Commands:
             Command.DEVICE_FEATURE: self._feature,
             Command.MIG_DATA_READ: self._migration_read,
             Command.MIG_DATA_WRITE: self._migration_write,
+            Command.MIG_GET_PRECOPY_INFO: self._precopy_info,
         }
 
     async def answer(self, frame: Frame) -> Answer:
@@ -239,6 +244,11 @@ class Commands:
         decode_migration_write_request_untrusted(frame.payload, self._max_count)
         await self._device.migration_write(frame.payload[MIG_DATA_SIZE:])
         return encode_reply(frame), ()
+
+    async def _precopy_info(self, frame: Frame) -> Answer:
+        decode_precopy_info_request_untrusted(frame.payload)
+        initial_bytes, dirty_bytes = await self._device.precopy_info()
+        return encode_reply(frame, encode_precopy_info_reply(initial_bytes, dirty_bytes)), ()
 
     # --- what may not be asked ------------------------------------------------------------------
 

@@ -172,6 +172,9 @@ class Member:
     async def migration_write(self, data: bytes | memoryview) -> None:
         raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
 
+    async def precopy_info(self) -> tuple[int, int]:
+        raise ClientError(errno.EINVAL, "precopy info: this device does not offer migration")
+
     async def serve(self, memory: RemoteMemory) -> None:
         self._in_session = True
         self._queues.access = GuestAccess(self.memory, memory)
