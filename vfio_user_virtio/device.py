@@ -48,7 +48,6 @@ class ResetCause(enum.Enum):
     """Why a device is reset."""
 
     CLIENT = "the client sent DEVICE_RESET"
-    LOST_CLIENT = "the client is gone"
     FUNCTION_LEVEL = "the guest wrote Initiate Function Level Reset"
     POWER_STATE = "the guest moved the function from D3hot to D0"
 

@@ -57,8 +57,9 @@ MAX_WRITE_MULTI: Final = 200
 MAX_DMA_MAPS: Final = 65_535
 """Mappings of one client; the specification's default, and the most that QEMU accepts."""
 
-MAX_MAPPED_FILES: Final = 1_024
-"""Distinct backing files of one client, each an fd and a kernel mapping of ours."""
+MAX_MAPPED_FILES: Final = 240
+"""Distinct backing files of one client, each an fd and a kernel mapping of ours: so few that 255
+clients together stay below the 65,530 mappings that a process may have (vm.max_map_count)."""
 
 MAX_MAPPED_BYTES: Final = 1 << 42
 """Address space for one client's files (4 TiB of the 128 that a process has), however sparse."""

@@ -238,6 +238,11 @@ def test_the_number_of_files_is_bounded() -> None:
         os.close(fd)
 
 
+def test_all_clients_of_an_owner_together_leave_the_process_room_for_mappings() -> None:
+    default_max_map_count = 65_530
+    assert default_max_map_count - 4_000 > limits.MAX_MEMBERS * limits.MAX_MAPPED_FILES
+
+
 def test_address_space_is_bounded_however_sparse_the_file() -> None:
     files = MappedFiles()
     fd = os.memfd_create("guest-ram", os.MFD_ALLOW_SEALING)
