@@ -79,10 +79,15 @@ def frame(to: bytes, sender: bytes, payload: bytes = b"", *, size: int = 60) -> 
     return (to + sender + ETHERTYPE + payload).ljust(size, b"\0")
 
 
+RARP = b"\x80\x35"
+
+
 async def receive(driver: NetDriver, pair: int = 0) -> ReceivedFrame:
-    """The next frame; fails if none comes."""
+    """The next frame that is not a member's announcement; fails if none comes."""
     with trio.fail_after(LONG):
-        return await driver.receive(pair)
+        while (frame := await driver.receive(pair)).data[12:14] == RARP:
+            pass
+        return frame
 
 
 async def receive_on_any(driver: NetDriver) -> list[ReceivedFrame]:

@@ -26,6 +26,7 @@ import attrs
 import trio
 
 from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.announcement import rarp_request
 from vfio_user_virtio.backends.software.function import Function
 from vfio_user_virtio.backends.software.ports import HEAD_SIZE, NET_HEADER_SIZE, Offload
 from vfio_user_virtio.backends.software.queues import Queues
@@ -342,6 +343,12 @@ class Member:
         if self.state.features & Feature.GUEST_ANNOUNCE.mask and not self.state.announce:
             self.state.announce = True
             self._config_changed()
+
+    def announce_to_network(self) -> None:
+        """Tell the switches that the driver's address is here."""
+        frame, size = rarp_request(self.state.filter.mac)
+        self._switch.forward(self, frame, size)
+        self._switch.flush()
 
     def _config_changed(self) -> None:
         self.function.common.config_changed()

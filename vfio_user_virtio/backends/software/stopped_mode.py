@@ -7,7 +7,8 @@ first finishes what was taken from the rings, so that each queue stands where it
 guest memory says: no part carries a position, and `resume` reads them from there.
 
 `resume` cannot know which interrupts the driver has missed, here or where the state came from, so
-it sends one for each queue and one for the configuration.
+it sends one for each queue and one for the configuration.  A member that goes on with the state of
+another place is announced: by its driver if that can (GUEST_ANNOUNCE), and by a frame of ours.
 
 Where the standard is silent: a reset of the function (FLR, power state, the client's) leaves
 STOPPED mode, as Linux's driver assumes, and a reset of the virtio device does not.  Either drops
@@ -58,6 +59,8 @@ class StoppedMode:
         self._staged: DeviceState | None = None
         self._private: PrivateState | None = None
         self._interrupts_owed = False
+        self._arrived = False
+        """What runs next came from elsewhere, and the network has to be told."""
 
     async def stop(self) -> bool:
         """Enter STOPPED mode; True at once if that has been done.
@@ -96,6 +99,7 @@ class StoppedMode:
         self.stopped = False
         if self._staged is not None:
             member.restore(self._staged)
+            self._arrived = True
         if self._private is not None:
             self._restore_private(self._private)
         self._staged = self._private = None
@@ -106,6 +110,10 @@ class StoppedMode:
 
     def started(self) -> None:
         """The member has begun to run: send what interrupts its driver may have missed."""
+        if self._arrived:
+            self._arrived = False
+            self._member.announce()
+            self._member.announce_to_network()
         if not self._interrupts_owed:
             return
         self._interrupts_owed = False
@@ -118,7 +126,7 @@ class StoppedMode:
     def device_reset(self) -> None:
         """The virtio device has been reset."""
         self._staged = self._private = None
-        self._interrupts_owed = False
+        self._interrupts_owed = self._arrived = False
 
     def function_reset(self) -> None:
         """The whole function has been reset."""
