@@ -12,6 +12,7 @@ from tests.memory.memory_files import PAGE, guest_mappings, memfd, open_fds, reo
 from vfio_user_virtio import limits
 from vfio_user_virtio.device import U64_END, DmaAccess, DmaMapping
 from vfio_user_virtio.errors import ClientError, DriverError
+from vfio_user_virtio.memory import guest_memory
 from vfio_user_virtio.memory.guest_memory import GuestMemory, RemoteOnly
 
 if TYPE_CHECKING:
@@ -315,6 +316,32 @@ def test_the_last_hit_is_forgotten_with_its_mapping(memory: GuestMemory, ram: in
     assert memory.view(0, 8, False) is None
     memory.map(mapping(0, PAGE, ram, 3 * PAGE))
     assert stamp(memory.view(0, 8, False)) == 3
+
+
+def test_hits_of_many_pages_are_forgotten_with_their_mappings(
+    memory: GuestMemory, ram: int
+) -> None:
+    def show() -> list[int | None]:
+        views = [memory.view(page * PAGE, 8, False) for page in (2, 0, 1, 2, 3, 0)]
+        return [None if view is None else stamp(view) for view in views]
+
+    for page in range(3):
+        memory.map(mapping(page * PAGE, PAGE, ram, (3 + 2 * page) * PAGE))
+    assert show() == show() == [7, 3, 5, 7, None, 3]
+    memory.unmap(PAGE, 2 * PAGE)
+    assert show() == [None, 3, None, None, None, 3]
+    memory.map(mapping(PAGE, 2 * PAGE, ram, 0))
+    assert show() == show() == [1, 3, 0, 1, None, 3]
+
+
+def test_more_pages_than_are_remembered(memory: GuestMemory) -> None:
+    pages = 3 * guest_memory.CACHED_PAGES // 2
+    fd = memfd(pages, stamp=True)
+    for page in range(pages):
+        memory.map(mapping((pages - 1 - page) * PAGE, PAGE, fd, page * PAGE))
+    os.close(fd)
+    for page in [*range(pages), *range(0, pages, 2)]:
+        assert stamp(memory.view(page * PAGE, 8, True)) == pages - 1 - page
 
 
 def test_the_number_of_mappings_is_bounded(ram: int) -> None:

@@ -1,7 +1,9 @@
 """Guest memory by IOVA: the client's DMA mappings, given out as memoryviews of shared memory.
 
 Why: rings and packets live in guest memory, and a packet may cost no copy and next to no code.  A
-look-up is one comparison with the mapping that the last one hit, else one `bisect`, and one slice.
+look-up is one comparison with the mapping that the last one hit, else with that which the page's
+last one hit, and one slice; so it costs the same with one mapping and with one per page, as long
+as the buffers in use are not many more than `CACHED_PAGES`.  What is not cached is one `bisect`.
 
 Holders of views.  A view keeps its memory mapped in our address space for as long as it lives,
 also after the client unmapped it: nothing crashes, but the device would go on reading and writing
@@ -33,6 +35,10 @@ from vfio_user_virtio.memory.mapped_files import MappedFile, MappedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_PAGE_SHIFT: Final = limits.PAGE_SIZE.bit_length() - 1
+CACHED_PAGES: Final = 4_096
+"""Enough for all buffers of eight full queue pairs; some 0.5 MiB when they are in use."""
 
 _NO_BYTES: Final = memoryview(bytearray())
 _NO_BYTES_READ_ONLY: Final = _NO_BYTES.toreadonly()
@@ -107,6 +113,7 @@ class GuestMemory:
         self._starts = self._regions.starts
         self._entries = self._regions.entries
         self._last = _NOWHERE
+        self._pages: dict[int, Region] = {}
         self._callbacks: dict[object, Callable[[int, int], None]] = {}
 
     def subscribe(self, callback: Callable[[int, int], None]) -> Callable[[], None]:
@@ -169,6 +176,7 @@ class GuestMemory:
         if not removed:
             return
         self._last = _NOWHERE
+        self._pages.clear()
         self.generation += 1
         try:
             for callback in list(self._callbacks.values()):
@@ -191,16 +199,27 @@ class GuestMemory:
         """
         region = self._last
         if not region.start <= iova < region.end:
-            index = bisect_right(self._starts, iova) - 1
-            if index < 0:
-                return self._spanning_view(iova, size, write=write)
-            self._last = region = self._entries[index]
+            try:
+                region = self._pages[iova >> _PAGE_SHIFT]
+            except KeyError:
+                region = self._find(iova)
+            self._last = region
         if iova + size <= region.end:
             memory = region.writable if write else region.readable
             if memory is not None:
                 offset = iova + region.delta
                 return memory[offset : offset + size]
         return self._spanning_view(iova, size, write=write)
+
+    def _find(self, iova: int) -> Region:
+        """The region that `iova` is in, remembered for its page, which no other region shares."""
+        index = bisect_right(self._starts, iova) - 1
+        if index < 0 or iova >= self._entries[index].end:
+            return _NOWHERE
+        if len(self._pages) >= CACHED_PAGES:
+            self._pages.clear()
+        region = self._pages[iova >> _PAGE_SHIFT] = self._entries[index]
+        return region
 
     def views(self, iova: int, size: int, write: bool) -> list[memoryview]:
         """The `size` bytes at `iova` as a scatter list, in order; no bytes are an empty list.
