@@ -28,6 +28,7 @@ SANS_IO: Final = (
     "virtio",
     "migration.states",
     "migration.stream",
+    "migration.stream_facts",
     "migration.private_record",
     "migration.precopy",
     "memory.bitmap",

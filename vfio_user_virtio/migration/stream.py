@@ -31,7 +31,7 @@ from vfio_user_virtio.errors import ClientError
 from vfio_user_virtio.migration.private_record import PRIVATE_TAG
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vfio_user_virtio.protocol.header import Buffer
 
@@ -113,11 +113,18 @@ def decode_record_header_untrusted(data: Buffer, max_record_size: int) -> Record
 class StreamDecoder:
     """Takes a stream apart, however it was cut.  One decoder is one stream.
 
-    `images`: how many came whole.  `skipped`: how many records were skipped.
+    `images`: how many came whole.  `skipped`: how many records were skipped; `on_skip`, if there is
+    one, is told the header of each when all of it has gone by.
     """
 
-    def __init__(self, *, max_record_size: int = limits.MAX_MIGRATION_RECORD) -> None:
+    def __init__(
+        self,
+        *,
+        max_record_size: int = limits.MAX_MIGRATION_RECORD,
+        on_skip: Callable[[RecordHeader], None] | None = None,
+    ) -> None:
         self._max_record_size = max_record_size
+        self._on_skip = on_skip
         self.images = 0
         self.skipped = 0
         self._head = bytearray()
@@ -201,6 +208,8 @@ class StreamDecoder:
         self._header = None
         if header.tag not in _KNOWN_TAGS:
             self.skipped += 1
+            if self._on_skip is not None:
+                self._on_skip(header)
             return
         payload, self._payload = self._payload, bytearray()
         self.images += header.tag == DEVICE_DATA
