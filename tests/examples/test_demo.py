@@ -83,7 +83,8 @@ def test_says_that_packets_do_not_flow(demo_bed: Bed, tmp_path: Path) -> None:
                 ]
                 os.kill(server, signal.SIGKILL)
     assert demo.wait() == 1, output
-    assert "Failed: guest → host: 5 sent, 0 answered" in output
+    # the first echo may be quicker than the kill
+    assert re.search(r"Failed: guest → host: 5 sent, [0-4] answered", output), output
     assert "Packets flow" not in output
     (folder,) = tmp_path.iterdir()
     assert f"The logs of the server, QEMU and the guest are in {folder}" in output

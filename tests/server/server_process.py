@@ -156,6 +156,10 @@ def client(path: str | os.PathLike[str]) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
     """Without root's power over permissions; the same test holds for root and for others."""
+    import grp  # before the interpreter's own folder may be out of reach
+    import pwd
+
+    del grp, pwd
     if os.geteuid() != 0:
         yield
         return
