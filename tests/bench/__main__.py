@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from tests.bench import dma_maps, guest_traffic, process, register_access
+from tests.bench import dma_maps, guest_traffic, packets, process, register_access
 from tests.bench.effort import FULL, QUICK
 from tests.bench.report import table, value, write_json
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS: Final[dict[str, Callable[[Effort, Publish], Awaitable[None]]]] = {
     "registers": register_access.measure,
+    "packets": packets.measure,
     "guest": guest_traffic.measure,
     "start": process.measure_start,
     "idle": process.measure_idle,

@@ -11,14 +11,16 @@ import attrs
 class Effort:
     """Blocks alternate between the contenders; all counts are per contender.
 
-    `round_trips` per block of register accesses, `starts` of each server, `idle_seconds` watched,
-    `members` beside the first, `maps` numbers of DMA mappings, `pairs` of samples of each kind of
-    guest traffic: transfers of `seconds`, blocks of `pings`.  `pinned`: see `guest_traffic`.
+    `round_trips` per block of register accesses, `batches` of packets, `starts` of each server,
+    `idle_seconds` watched, `members` beside the first, `maps` numbers of DMA mappings, `pairs` of
+    samples of each kind of guest traffic: transfers of `seconds`, blocks of `pings`.  `pinned`: see
+    `guest_traffic`.
     """
 
     name: str
     blocks: int
     round_trips: int
+    batches: int
     starts: int
     idle_seconds: float
     members: int
@@ -33,6 +35,7 @@ FULL: Final = Effort(
     name="full",
     blocks=20,
     round_trips=1_000,
+    batches=200,
     starts=10,
     idle_seconds=5,
     members=100,
@@ -45,6 +48,7 @@ QUICK: Final = attrs.evolve(
     FULL,
     name="quick",
     blocks=5,
+    batches=50,
     starts=3,
     idle_seconds=2,
     members=20,
@@ -55,6 +59,7 @@ TINY: Final = Effort(
     name="tiny",
     blocks=2,
     round_trips=20,
+    batches=2,
     starts=1,
     idle_seconds=0.1,
     members=2,

@@ -33,7 +33,7 @@ def check(figures: list[Figure]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in bench.BENCHMARKS if name != NEEDS_GUEST])
-async def test_benchmark_runs(name: str) -> None:
+async def test_benchmark_runs(name: str, namespaces: None) -> None:
     check(await bench.measure([name], TINY))
 
 
