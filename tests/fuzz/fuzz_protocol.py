@@ -21,7 +21,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vfio_user_virtio.device import FeatureOperation
+from vfio_user_virtio.device import FeatureOperation, LoggingReport
 from vfio_user_virtio.errors import ClientError, ConnectionLost
 from vfio_user_virtio.limits import MAX_ANCILLARY_FDS
 from vfio_user_virtio.protocol import (
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     Decoder = Callable[[bytes, list[int]], object]
 
 GET_STATE: Final = feature.FeatureRequest(2, FeatureOperation.GET, b"", 16)
-REPORT: Final = dma_logging.LoggingReport(0, 1 << 20, 4096)
+REPORT: Final = LoggingReport(0, 1 << 20, 4096)
 UNMAP: Final = dma.DmaUnmapRequest(0, 4096, dirty_pgsize=4096, bitmap_size=8)
 
 REQUESTS: Final[dict[int, Decoder]] = {

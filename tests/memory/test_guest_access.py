@@ -114,3 +114,30 @@ async def test_a_refusal_of_the_client_comes_through(memory: GuestMemory) -> Non
 
     with pytest.raises(RemoteError, match="No such device"):
         await GuestAccess(memory, Refusing()).read(0, 8)
+
+
+async def test_who_wants_to_know_is_told_of_what_has_been_written(memory: GuestMemory) -> None:
+    client = Client()
+    told: list[tuple[int, int]] = []
+    access = GuestAccess(memory, client, lambda iova, size: told.append((iova, size)))
+    client.meanwhile = lambda: told.append((-1, 0))
+    await access.write(PAGE, bytes(3 * PAGE + 50))
+    assert told == [(-1, 0), (PAGE, PAGE), (2 * PAGE, 2 * PAGE), (-1, 0), (4 * PAGE, 50)]
+    told.clear()
+    await access.read(0, 5 * PAGE)
+    await access.write(0, b"")
+    with pytest.raises(DriverError):
+        await access.write(5 * PAGE, b"x")
+    assert all(size == 0 for _, size in told)
+
+
+async def test_a_write_that_failed_may_have_happened(memory: GuestMemory) -> None:
+    class Refusing(Client):
+        async def dma_write(self, iova: int, data: bytes) -> None:
+            raise RemoteError(5, f"DMA_WRITE {iova:#x}")
+
+    told: list[tuple[int, int]] = []
+    access = GuestAccess(memory, Refusing(), lambda iova, size: told.append((iova, size)))
+    with pytest.raises(RemoteError):
+        await access.write(PAGE - 8, bytes(16))
+    assert told == [(PAGE - 8, 16)]

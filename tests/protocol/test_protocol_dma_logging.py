@@ -7,17 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfio_user_virtio.device import U64_END
+from vfio_user_virtio.device import U64_END, LoggingReport, LoggingStart
 from vfio_user_virtio.errors import ClientError, ConnectionLost
 from vfio_user_virtio.protocol.dma_logging import (
-    LoggingReport,
-    LoggingStart,
     decode_logging_report_reply_untrusted,
     decode_logging_report_untrusted,
     decode_logging_start_untrusted,
     encode_logging_report_reply,
     encode_logging_report_request,
     encode_logging_start,
+    logging_report_reply_size,
 )
 
 
@@ -67,6 +66,7 @@ def test_report_round_trip() -> None:
     assert decode_logging_report_untrusted(data) == REPORT
     reply = encode_logging_report_reply(REPORT, bytes(range(16)))
     assert decode_logging_report_reply_untrusted(reply, REPORT) == bytes(range(16))
+    assert logging_report_reply_size(REPORT) == len(reply)
 
 
 @pytest.mark.parametrize(

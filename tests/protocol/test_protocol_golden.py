@@ -19,6 +19,7 @@ from vfio_user_virtio.device import (
     IrqFlags,
     IrqInfo,
     IrqRequest,
+    LoggingStart,
     RegionFlags,
     RegionInfo,
     SparseArea,
@@ -295,9 +296,7 @@ VECTORS = [
                 feature.FeatureRequest(
                     feature.Feature.DMA_LOGGING_START,
                     FeatureOperation.SET,
-                    dma_logging.encode_logging_start(
-                        dma_logging.LoggingStart(4096, ((1 << 32, 256 << 20),))
-                    ),
+                    dma_logging.encode_logging_start(LoggingStart(4096, ((1 << 32, 256 << 20),))),
                     40,
                 )
             ),

@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfio_user_virtio.device import RemoteMemory
     from vfio_user_virtio.memory.guest_memory import GuestMemory, Piece
 
@@ -23,11 +25,20 @@ class GuestAccess:
     The mappings may change while a message is under way, so each piece is looked up when its turn
     comes.  `count` and the length of `data` are bytes, and the caller's to bound: the range is
     checked before anything is copied, but a client may map as much as it likes without an fd.
+
+    `written(iova, size)` is told of each piece after it was written, and of one whose writing
+    failed or was cancelled, since it may have been written all the same.
     """
 
-    def __init__(self, memory: GuestMemory, remote: RemoteMemory) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        remote: RemoteMemory,
+        written: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._memory = memory
         self._remote = remote
+        self._written = written
 
     async def read(self, iova: int, count: int) -> bytes:
         """The `count` bytes at `iova`.
@@ -52,10 +63,14 @@ class GuestAccess:
         rest = memoryview(data).cast("B")
         while rest:
             piece = self._first(iova, len(rest), write=True)
-            if piece.memory is not None:
-                piece.memory[:] = rest[: piece.size]
-            else:
-                await self._remote.dma_write(piece.iova, bytes(rest[: piece.size]))
+            try:
+                if piece.memory is not None:
+                    piece.memory[:] = rest[: piece.size]
+                else:
+                    await self._remote.dma_write(piece.iova, bytes(rest[: piece.size]))
+            finally:
+                if self._written is not None:
+                    self._written(piece.iova, piece.size)
             iova += piece.size
             rest = rest[piece.size :]
 

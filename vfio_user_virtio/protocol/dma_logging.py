@@ -25,9 +25,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-import attrs
-
-from vfio_user_virtio.device import U64_END
+from vfio_user_virtio.device import U64_END, LoggingReport, LoggingStart
 from vfio_user_virtio.protocol.checks import distrust, refuse, require_reply, require_request
 from vfio_user_virtio.protocol.dirty_bitmap import bitmap_size_untrusted
 
@@ -48,23 +46,6 @@ assert LOGGING_REPORT.size == LOGGING_REPORT_SIZE
 
 _START: Final = "DMA_LOGGING_START"
 _REPORT: Final = "DMA_LOGGING_REPORT"
-
-
-@attrs.frozen
-class LoggingStart:
-    """Log writes in pages of `page_size` bytes, in `ranges` of (iova, length), or everywhere."""
-
-    page_size: int
-    ranges: tuple[tuple[int, int], ...] = ()
-
-
-@attrs.frozen
-class LoggingReport:
-    """Which of the pages of `page_size` bytes in `iova` … `iova` + `length` - 1 were written?"""
-
-    iova: int
-    length: int
-    page_size: int
 
 
 def encode_logging_start(start: LoggingStart) -> bytes:
@@ -99,6 +80,11 @@ def decode_logging_report_untrusted(data: Buffer) -> LoggingReport:
     _check_range(_REPORT, iova, length)
     bitmap_size_untrusted(length, page_size, _REPORT)
     return LoggingReport(iova, length, page_size)
+
+
+def logging_report_reply_size(report: LoggingReport) -> int:
+    """Bytes of data of the reply.  Raises ClientError(EINVAL) as the decoder does."""
+    return LOGGING_REPORT_SIZE + bitmap_size_untrusted(report.length, report.page_size, _REPORT)
 
 
 def encode_logging_report_reply(report: LoggingReport, bitmap: Buffer) -> bytes:

@@ -29,6 +29,7 @@ from vfio_user_virtio.protocol.device_info import (
     decode_device_info_reply_untrusted,
     encode_device_info_request,
 )
+from vfio_user_virtio.protocol.dirty_bitmap import bitmap_size_untrusted
 from vfio_user_virtio.protocol.dma import (
     DMA_ACCESS_SIZE,
     DmaUnmapRequest,
@@ -220,6 +221,16 @@ class Client:
         request = DmaUnmapRequest(iova, size, everything=(iova, size) == (0, U64_END))
         reply = await self._requests.request(Command.DMA_UNMAP, encode_dma_unmap_request(request))
         decode_dma_unmap_reply_untrusted(reply, request)
+
+    async def dma_unmap_dirty(self, iova: int, size: int, page_size: int) -> bytes:
+        """Unmap a range; the bitmap of pages of it that were written since the last report.
+
+        Of a device that is logging, and as `protocol.dirty_bitmap` has it.
+        """
+        bitmap_size = bitmap_size_untrusted(size, page_size, "DMA_UNMAP")
+        request = DmaUnmapRequest(iova, size, False, page_size, bitmap_size)
+        reply = await self._requests.request(Command.DMA_UNMAP, encode_dma_unmap_request(request))
+        return decode_dma_unmap_reply_untrusted(reply, request)
 
     # --- migration ------------------------------------------------------------------------------
 

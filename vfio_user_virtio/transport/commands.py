@@ -19,7 +19,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from vfio_user_virtio.device import RegionFlags, ResetCause
+from vfio_user_virtio.device import FeatureOperation, LoggingReport, RegionFlags, ResetCause
 from vfio_user_virtio.errors import ClientError
 from vfio_user_virtio.protocol.device_info import (
     decode_device_info_request_untrusted,
@@ -30,7 +30,15 @@ from vfio_user_virtio.protocol.dma import (
     decode_dma_unmap_request_untrusted,
     encode_dma_unmap_reply,
 )
+from vfio_user_virtio.protocol.dma_logging import (
+    LOGGING_REPORT_SIZE,
+    decode_logging_report_untrusted,
+    encode_logging_report_request,
+    logging_report_reply_size,
+)
 from vfio_user_virtio.protocol.feature import (
+    DEVICE_FEATURE_SIZE,
+    Feature,
     decode_feature_request_untrusted,
     encode_feature_reply,
 )
@@ -80,6 +88,7 @@ Answer: TypeAlias = tuple[bytes, Sequence[int]]
 
 Handler: TypeAlias = Callable[[Frame], Awaitable[Answer]]
 
+_GET: Final = FeatureOperation.GET
 _EVENTFD: Final = "anon_inode:[eventfd]"
 
 
@@ -216,13 +225,25 @@ class Commands:
 
     async def _dma_unmap(self, frame: Frame) -> Answer:
         request = decode_dma_unmap_request_untrusted(frame.payload)
-        if request.dirty_pgsize:
+        page_size = request.dirty_pgsize
+        if page_size:  # a report of one byte clears no page: it tells whether there are reports
+            await self._dirty_bitmap(LoggingReport(request.iova, 1, page_size))
+        await self._device.dma_unmap(request.iova, request.size)
+        bitmap = b""
+        if page_size:  # after the last write to what was mapped
+            bitmap = await self._dirty_bitmap(LoggingReport(request.iova, request.size, page_size))
+        return encode_reply(frame, encode_dma_unmap_reply(request, bitmap)), ()
+
+    async def _dirty_bitmap(self, report: LoggingReport) -> bytes:
+        asked = encode_logging_report_request(report)
+        try:
+            reply = await self._device.feature(Feature.DMA_LOGGING_REPORT, _GET, asked)
+        except ClientError as error:
             raise ClientError(
                 errno.EOPNOTSUPP,
-                "DMA_UNMAP with a dirty bitmap is retired; use device feature DMA_LOGGING_REPORT",
-            )
-        await self._device.dma_unmap(request.iova, request.size)
-        return encode_reply(frame, encode_dma_unmap_reply(request)), ()
+                f"DMA_UNMAP with a dirty bitmap needs DMA logging to be on: {error}",
+            ) from error
+        return reply[LOGGING_REPORT_SIZE:]
 
     async def _reset(self, frame: Frame) -> Answer:
         await self._device.reset(ResetCause.CLIENT)
@@ -232,6 +253,10 @@ class Commands:
 
     async def _feature(self, frame: Frame) -> Answer:
         request = decode_feature_request_untrusted(frame.payload)
+        if request.index == Feature.DMA_LOGGING_REPORT and request.operation == _GET:
+            size = logging_report_reply_size(decode_logging_report_untrusted(request.data))
+            if request.argsz < DEVICE_FEATURE_SIZE + size:  # what is reported once must be sent
+                return encode_reply(frame, encode_feature_reply(request, bytes(size))), ()
         data = await self._device.feature(request.index, request.operation, request.data)
         return encode_reply(frame, encode_feature_reply(request, data)), ()
 

@@ -100,11 +100,12 @@ class SplitQueue:
         "_mask",
         "_used",
         "_used_elements",
-        "_views_of",
         "next_avail",
         "next_used",
         "signalled",
         "size",
+        "used_written",
+        "views_of",
     )
 
     def __init__(
@@ -126,7 +127,10 @@ class SplitQueue:
         self._used = used[: layout.used].cast("H")
         self._used_elements = used[: layout.used - 2].cast("I")
         self._avail_event = 2 + 4 * size
-        self._views_of = views_of
+        self.views_of = views_of
+        """What `take` asks for the buffers of a chain."""
+        self.used_written = False
+        """Set at each write to the used ring; for its owner to clear."""
         self._event_idx = event_idx
         self._indirect = indirect
         self.start(0, 0)
@@ -179,9 +183,9 @@ class SplitQueue:
             if length > limits.MAX_DESCRIPTOR_LENGTH:
                 length = limits.MAX_DESCRIPTOR_LENGTH
             if word & _WRITE:
-                chain = Chain(head, [], self._views_of(address, length, True))
+                chain = Chain(head, [], self.views_of(address, length, True))
             else:
-                chain = Chain(head, self._views_of(address, length, False), [])
+                chain = Chain(head, self.views_of(address, length, False), [])
         self.next_avail = (position + 1) & 0xFFFF
         return chain
 
@@ -199,7 +203,7 @@ class SplitQueue:
             if word & _INDIRECT:
                 flags = word >> 32 & 0xFFFF
                 check_indirect_untrusted(length, flags, nested=indirect, allowed=self._indirect)
-                views = self._views_of(address, length, False)
+                views = self.views_of(address, length, False)
                 table = (views[0] if len(views) == 1 else memoryview(b"".join(views))).cast("Q")
                 size, index, indirect = length // DESCRIPTOR_SIZE, 0, True
             else:
@@ -211,7 +215,7 @@ class SplitQueue:
                     raise DriverError("a readable descriptor follows a writable one")
                 else:
                     side = readable
-                side += self._views_of(address, length, writing)
+                side += self.views_of(address, length, writing)
                 if len(side) > limits.MAX_CHAIN_PIECES:
                     raise DriverError(
                         f"a chain's buffers lie in more than {limits.MAX_CHAIN_PIECES} pieces, "
@@ -239,6 +243,7 @@ class SplitQueue:
         """Let the driver see every entry that was put."""
         order_accesses()
         self._used[1] = self.next_used
+        self.used_written = True
 
     # --- notifications -------------------------------------------------------------------------
 
@@ -261,6 +266,7 @@ class SplitQueue:
         """
         if not self._event_idx:
             self._used[0] = USED_F_NO_NOTIFY
+            self.used_written = True
 
     def enable_kicks(self) -> bool:
         """Ask for a notification at the next entry; False if one came meanwhile (look again)."""
@@ -268,6 +274,7 @@ class SplitQueue:
             self._used[self._avail_event] = self.next_avail
         else:
             self._used[0] = 0
+        self.used_written = True
         full_barrier()
         return self._avail[1] == self.next_avail
 

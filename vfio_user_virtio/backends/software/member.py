@@ -27,8 +27,15 @@ import trio
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.announcement import rarp_request
+from vfio_user_virtio.backends.software.dma_logging import MemberLogging
 from vfio_user_virtio.backends.software.function import Function
-from vfio_user_virtio.backends.software.ports import HEAD_SIZE, NET_HEADER_SIZE, Offload
+from vfio_user_virtio.backends.software.ports import (
+    FLOW_SIZE,
+    HEAD_SIZE,
+    NET_HEADER_SIZE,
+    Offload,
+    flow_bytes,
+)
 from vfio_user_virtio.backends.software.queues import Queues
 from vfio_user_virtio.backends.software.stopped_mode import StoppedMode
 from vfio_user_virtio.backends.software.transmitter import Outcome
@@ -74,8 +81,6 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger(__name__)
 
 _TPID: Final = b"\x81\x00"
-_FLOW_BYTES: Final = NET_HEADER_SIZE + 62
-"""Enough of a frame to tell its flow: up to the ports of TCP over IPv6 behind a VLAN tag."""
 
 
 @attrs.frozen
@@ -120,6 +125,7 @@ class Member:
         self._receiving_pair = 0
         self._queues = Queues(self)
         self.mode: Final = StoppedMode(self, self._queues)
+        self.logging: Final = MemberLogging(name, self._queues)
 
     def _initial_state(self) -> NetState:
         return NetState(FilterState(self.config.mac), max_queue_pairs=self.config.queue_pairs)
@@ -178,7 +184,7 @@ class Member:
 
     async def serve(self, memory: RemoteMemory) -> None:
         self._in_session = True
-        self._queues.access = GuestAccess(self.memory, memory)
+        self._queues.access = GuestAccess(self.memory, memory, self.logging.wrote)
         self.update_running()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._queues.slow.run)
@@ -193,6 +199,7 @@ class Member:
         self._left_over = True
         self.update_running()
         self._queues.access = None
+        self.logging.stop_logging()
         self.memory.clear()
         self.function.interrupts.close()
 
@@ -364,7 +371,7 @@ class Member:
     def send(self, pair: int, frame: Sequence[Buffer], size: int) -> bool:
         """The driver sent a frame on queue pair `pair`; False: keep it, `resume` will come."""
         if self.steering.pairs > 1:
-            self.steering.sent(flow_slot(_flow_bytes(frame)), pair)
+            self.steering.sent(flow_slot(flow_bytes(frame)), pair)
         return self._switch.forward(self, frame, size)
 
     def sent(self) -> None:
@@ -427,7 +434,7 @@ class Member:
             return True
         pair = 0
         if self.steering.pairs > 1:
-            pair = self.steering.pair_for(flow_slot(_flow_bytes(frame)))
+            pair = self.steering.pair_for(flow_slot(flow_bytes(frame)))
         return self._deliver_to(pair, frame, size)
 
     def reserve(self) -> Sequence[memoryview] | None:
@@ -450,7 +457,7 @@ class Member:
             self._filtered += 1
             return
         if self.steering.pairs > 1:
-            slot = flow_slot(receiver.peek(_FLOW_BYTES)[NET_HEADER_SIZE:])
+            slot = flow_slot(receiver.peek(FLOW_SIZE)[NET_HEADER_SIZE:])
             self._receiving_pair = self.steering.pair_for(slot)
             if self._receiving_pair != pair:
                 if not self._deliver_to(self._receiving_pair, receiver.reserved(size), size):
@@ -486,13 +493,3 @@ class Member:
         if rules.filter_vlans and head[24:26] == _TPID and len(head) >= HEAD_SIZE:
             vlan = int.from_bytes(head[26:28], "big") & 0xFFF
         return accepts(rules, bytes(head[12:18]), vlan)
-
-
-def _flow_bytes(frame: Sequence[Buffer]) -> bytes:
-    """The bytes of a frame that tell its flow, from its Ethernet header on."""
-    head = bytes(frame[0])
-    for part in frame[1:]:
-        if len(head) >= _FLOW_BYTES:
-            break
-        head += part[: _FLOW_BYTES - len(head)]
-    return head[NET_HEADER_SIZE:_FLOW_BYTES]

@@ -27,6 +27,9 @@ MIN_FRAME_SIZE: Final = NET_HEADER_SIZE + 14
 HEAD_SIZE: Final = NET_HEADER_SIZE + 18
 """virtio_net_hdr, two addresses, an 802.1Q tag and an EtherType."""
 
+FLOW_SIZE: Final = NET_HEADER_SIZE + 62
+"""Enough of a frame to tell its flow: up to the ports of TCP over IPv6 behind a VLAN tag."""
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Frame: TypeAlias = "Sequence[Buffer]"
 
@@ -44,6 +47,11 @@ def first_bytes(parts: Sequence[Buffer], size: int) -> bytes:
         taken.append(part)
         size -= len(part)
     return b"".join(taken)
+
+
+def flow_bytes(frame: Frame) -> bytes:
+    """A copy of the bytes of a frame that tell its flow, from its Ethernet header on."""
+    return first_bytes(frame, FLOW_SIZE)[NET_HEADER_SIZE:]
 
 
 class Offload(enum.IntFlag):

@@ -38,6 +38,8 @@ from vfio_user_virtio.virtio.split_queue import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfio_user_virtio.backends.software.member import Member
     from vfio_user_virtio.memory.access import GuestAccess
     from vfio_user_virtio.virtio.common_config import QueueState
@@ -76,6 +78,8 @@ class Queues:
         self._held: dict[int, list[bytes]] = {}
         self._rings: dict[int, Ring] = {}
         self._areas: list[tuple[int, int]] = []
+        self._used_areas: dict[int, tuple[int, int]] = {}
+        self._mark: Callable[[int, int], None] | None = None
         self._transmitters: dict[int, Transmitter | SlowTransmitter] = {}
         self._slow_senders: list[int] = []
         self._by_messages: set[int] = set()
@@ -107,6 +111,7 @@ class Queues:
 
     def close(self) -> None:
         """Let go of all guest memory; the positions stay, and the frames that are held."""
+        self._mark_used_rings()
         self._too_long, self._invalid = self.dropped()
         for pair, receiver in enumerate(self.receivers):
             if receiver is not None:
@@ -125,6 +130,7 @@ class Queues:
         self.receive_mask = self.send_mask = 0
         self._rings = {}
         self._areas = []
+        self._used_areas = {}
         self._transmitters = {}
         self._slow_senders = []
         self._control = None
@@ -162,9 +168,39 @@ class Queues:
         if any(start < area_end and area_start < end for area_start, area_end in self._areas):
             self.close()
         else:
-            for receiver in self.receivers:
-                if receiver is not None:
-                    receiver.forget()
+            self._forget_buffers()
+
+    # --- dirty tracking (see `dma_logging`) ----------------------------------------------------
+
+    def log_writes(self, mark: Callable[[int, int], None] | None) -> None:
+        """Call `mark(iova, size)` for guest memory that is, or may be, written; None: no longer.
+
+        What the slow service writes is told by `access`.
+        """
+        self._mark = mark
+        for ring in self._rings.values():
+            if isinstance(ring, SplitQueue):
+                ring.views_of = self._views_of if mark is None else self._marked_views_of
+                ring.used_written = False
+        self._forget_buffers()
+
+    def settle_writes(self) -> None:
+        """Mark what has been written and was not marked yet; what comes will be marked anew."""
+        self._mark_used_rings()
+        self._forget_buffers()
+
+    def _mark_used_rings(self) -> None:
+        if self._mark is None:
+            return
+        for index, ring in self._rings.items():
+            if isinstance(ring, SplitQueue) and ring.used_written:
+                ring.used_written = False
+                self._mark(*self._used_areas[index])
+
+    def _forget_buffers(self) -> None:
+        for receiver in self.receivers:
+            if receiver is not None:
+                receiver.forget()
 
     def receiver(self, pair: int) -> Receiver | SlowReceiver | None:
         """The receiving side of `pair`, or None while it is not there."""
@@ -313,10 +349,11 @@ class Queues:
             ring = SplitQueue(
                 registers.size,
                 *views,
-                views_of=self._views_of,
+                views_of=self._views_of if self._mark is None else self._marked_views_of,
                 event_idx=event_idx,
                 indirect=indirect,
             )
+            self._used_areas[index] = registers.device, ring_layout(registers.size).used
         else:
             assert self.access is not None
             ring = SlowQueue(
@@ -370,3 +407,10 @@ class Queues:
     def _views_of(self, iova: int, size: int, write: bool) -> list[memoryview]:
         view = self._member.memory.view(iova, size, write)
         return self._member.memory.views(iova, size, write) if view is None else [view]
+
+    def _marked_views_of(self, iova: int, size: int, write: bool) -> list[memoryview]:
+        views = self._views_of(iova, size, write)
+        if write and size:
+            assert self._mark is not None
+            self._mark(iova, size)
+        return views
