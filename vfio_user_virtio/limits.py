@@ -122,6 +122,10 @@ MAX_FDB_ENTRIES_PER_PORT: Final = 1_024
 FDB_AGE_SECONDS: Final = 300.0
 """How long a learnt address lives unseen (IEEE 802.1Q's default)."""
 
+MAX_GUEST_LOG_LINES: Final = 50
+"""Lines that one guest can make us log in a session by what its driver does, such as resetting its
+device over and over; each of them is counted all the same."""
+
 WORK_BUDGET: Final = 256
 """Packets one queue may move before others get their turn."""
 

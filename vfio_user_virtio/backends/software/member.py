@@ -30,19 +30,17 @@ from vfio_user_virtio.backends.software.announcement import rarp_request
 from vfio_user_virtio.backends.software.dma_logging import MemberLogging
 from vfio_user_virtio.backends.software.function import Function
 from vfio_user_virtio.backends.software.ports import (
-    FLOW_SIZE,
-    HEAD_SIZE,
-    NET_HEADER_SIZE,
     Offload,
     flow_bytes,
 )
 from vfio_user_virtio.backends.software.queues import Queues
+from vfio_user_virtio.backends.software.reception import Reception
 from vfio_user_virtio.backends.software.stopped_mode import StoppedMode
 from vfio_user_virtio.backends.software.transmitter import Outcome
 from vfio_user_virtio.device import ResetCause
 from vfio_user_virtio.errors import ClientError, DriverError
 from vfio_user_virtio.memory.access import GuestAccess
-from vfio_user_virtio.memory.guest_memory import GuestMemory, RemoteOnly
+from vfio_user_virtio.memory.guest_memory import GuestMemory
 from vfio_user_virtio.pci.config_space import ConfigEvents
 from vfio_user_virtio.virtio.common_config import Status
 from vfio_user_virtio.virtio.features import Feature, feature_names
@@ -58,7 +56,7 @@ from vfio_user_virtio.virtio.net_control import (
     NetState,
     execute_untrusted,
 )
-from vfio_user_virtio.virtio.rx_filter import FilterState, accepts
+from vfio_user_virtio.virtio.rx_filter import FilterState
 from vfio_user_virtio.virtio.steering import Steering, flow_slot
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.config import MemberConfig
     from vfio_user_virtio.backends.software.member_parts import DeviceState
-    from vfio_user_virtio.backends.software.ports import Buffer, Frame
+    from vfio_user_virtio.backends.software.ports import Buffer
     from vfio_user_virtio.backends.software.switch import Switch
     from vfio_user_virtio.device import (
         DeviceInfo,
@@ -79,8 +77,6 @@ if TYPE_CHECKING:
     )
 
 _log: Final = logging.getLogger(__name__)
-
-_TPID: Final = b"\x81\x00"
 
 
 @attrs.frozen
@@ -119,11 +115,15 @@ class Member:
         self._kicked = 0
         self._again = 0
         self._wake = trio.Event()
-        self._filtered = 0
-        self._missed = 0
         self._driver_errors = 0
-        self._receiving_pair = 0
+        self._lines_left = limits.MAX_GUEST_LOG_LINES
         self._queues = Queues(self)
+        reception = self._reception = Reception(self, self._queues)
+        # what the switch calls for each frame goes straight to where it is done
+        self.deliver = reception.deliver
+        self.reserve = reception.reserve
+        self.commit = reception.commit
+        self.flush = reception.flush
         self.mode: Final = StoppedMode(self, self._queues)
         self.logging: Final = MemberLogging(name, self._queues)
 
@@ -133,7 +133,11 @@ class Member:
     def statistics(self) -> MemberStatistics:
         too_long, invalid = self._queues.dropped()
         return MemberStatistics(
-            self._filtered, self._missed, too_long, invalid, self._driver_errors
+            self._reception.filtered,
+            self._reception.missed,
+            too_long,
+            invalid,
+            self._driver_errors,
         )
 
     # --- Device: what the client asks ----------------------------------------------------------
@@ -196,6 +200,7 @@ class Member:
 
     async def release(self) -> None:
         self._in_session = False
+        self._lines_left = limits.MAX_GUEST_LOG_LINES
         self._left_over = True
         self.update_running()
         self._queues.access = None
@@ -236,19 +241,19 @@ class Member:
         self.state.filter.filter_vlans = bool(features & Feature.CTRL_VLAN.mask)
 
     def driver_ok(self) -> None:
-        _log.info(
-            "%s: the driver is ready: %s", self.name, " ".join(feature_names(self.state.features))
+        self._tell(
+            logging.INFO, f"the driver is ready: {' '.join(feature_names(self.state.features))}"
         )
         self._left_over = False
         self.update_running()
 
     def queue_enabled(self, index: int) -> None:
-        self._missed += self._queues.forget(index)
+        self._reception.missed += self._queues.forget(index)
         if self.running:
             self._again = self._queues.all_kicked()
 
     def queue_reset(self, index: int) -> None:
-        self._missed += self._queues.forget(index)
+        self._reception.missed += self._queues.forget(index)
         self._kicked &= ~(1 << index)
         if self.running:
             self._again = self._queues.all_kicked()
@@ -256,12 +261,12 @@ class Member:
     def device_reset(self) -> None:
         self._left_over = False
         self.update_running()
-        self._missed += self._queues.forget_all()
+        self._reception.missed += self._queues.forget_all()
         self.mode.device_reset()
         self._kicked = self._again = 0
         self.state = self._initial_state()
         self.steering.resize(1)
-        self._receiving_pair = 0
+        self._reception.start_over()
         self.function.reset_transport()
 
     def config_events(self, events: ConfigEvents) -> None:
@@ -322,19 +327,26 @@ class Member:
         common.state = state.common
         self.state = state.net
         self.steering.resize(state.net.queue_pairs)
-        self._receiving_pair = 0
+        self._reception.start_over()
         self._left_over = False
         if common.state.status & Status.FEATURES_OK and not state.net.features:
             common.needs_reset()
 
     def _fail(self, error: DriverError) -> None:
         self._driver_errors += 1
-        _log.warning(
-            "%s: the guest's driver broke a rule: %s; it has to reset the device", self.name, error
+        self._tell(
+            logging.WARNING, f"the guest's driver broke a rule: {error}; it has to reset the device"
         )
         self.function.common.needs_reset()
         self.update_running()
         self.function.interrupt_config()
+
+    def _tell(self, level: int, what: str) -> None:
+        """Log what a guest may bring about as often as it likes, so often and no more a session."""
+        if self._lines_left:
+            self._lines_left -= 1
+            last = "" if self._lines_left else " (no more of this until the next session)"
+            _log.log(level, "%s: %s%s", self.name, what, last)
 
     # --- the link and its announcement ---------------------------------------------------------
 
@@ -384,7 +396,7 @@ class Member:
         answer, change = execute_untrusted(self.state, command)
         if change & Change.QUEUE_PAIRS:
             self.steering.resize(self.state.queue_pairs)
-            self._receiving_pair = 0
+            self._reception.start_over()
         if change & Change.OFFLOADS:
             self._switch.refresh()
         return answer
@@ -427,69 +439,3 @@ class Member:
     @property
     def up(self) -> bool:
         return self.running and self.link_up and not self.mode.stopping
-
-    def deliver(self, frame: Frame, size: int) -> bool:
-        if not self._accepts(frame[0]):
-            self._filtered += 1
-            return True
-        pair = 0
-        if self.steering.pairs > 1:
-            pair = self.steering.pair_for(flow_slot(flow_bytes(frame)))
-        return self._deliver_to(pair, frame, size)
-
-    def reserve(self) -> Sequence[memoryview] | None:
-        pair = self._receiving_pair
-        try:
-            receiver = self._queues.receiver(pair)
-            return None if receiver is None else receiver.reserve()
-        except DriverError:
-            self._queues.close()
-            return None
-        except RemoteOnly:
-            self._queues.serve_by_messages(2 * pair)
-            return self.reserve()
-
-    def commit(self, size: int) -> None:
-        pair = self._receiving_pair
-        receiver = self._queues.receivers[pair]
-        assert receiver is not None
-        if not self.state.filter.promisc and not self._accepts(receiver.peek(HEAD_SIZE)):
-            self._filtered += 1
-            return
-        if self.steering.pairs > 1:
-            slot = flow_slot(receiver.peek(FLOW_SIZE)[NET_HEADER_SIZE:])
-            self._receiving_pair = self.steering.pair_for(slot)
-            if self._receiving_pair != pair:
-                if not self._deliver_to(self._receiving_pair, receiver.reserved(size), size):
-                    self._missed += 1
-                return
-        try:
-            receiver.commit(size)
-        except (DriverError, RemoteOnly):
-            self._missed += 1
-            self._queues.close()
-
-    def _deliver_to(self, pair: int, frame: Frame, size: int) -> bool:
-        try:
-            receiver = self._queues.receiver(pair)
-            return receiver is not None and receiver.deliver(frame, size)
-        except DriverError:
-            self._queues.close()
-            return False
-        except RemoteOnly:
-            self._queues.serve_by_messages(2 * pair)
-            return self._deliver_to(pair, frame, size)
-
-    def flush(self) -> None:
-        for pair, receiver in enumerate(self._queues.receivers):
-            if receiver is not None and receiver.should_interrupt():
-                self.function.interrupt_queue(2 * pair)
-
-    def _accepts(self, head: Buffer) -> bool:
-        rules = self.state.filter
-        if rules.promisc:
-            return True
-        vlan = None
-        if rules.filter_vlans and head[24:26] == _TPID and len(head) >= HEAD_SIZE:
-            vlan = int.from_bytes(head[26:28], "big") & 0xFFF
-        return accepts(rules, bytes(head[12:18]), vlan)
