@@ -45,7 +45,7 @@ async def migratable_members(
                 options=options,
                 private=member.mode,
             ),
-            None,
+            member.logging,
         )
         for member_id, member in owner.members.items()
     }
