@@ -370,7 +370,7 @@ async def test_after_stop_the_report_is_the_last(remote: bool) -> None:
             nursery.cancel_scope.cancel()
         a.member.mode.resume()
         await until(lambda: len(watch.look()) > 0)
-        watch.report()
+        watch.report(in_flight=remote)
 
 
 async def test_what_is_unmapped_is_still_told() -> None:
