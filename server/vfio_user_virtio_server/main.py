@@ -50,6 +50,9 @@ class _Command:
 COMMANDS: Final = {
     "serve": _Command("vfio_user_virtio_server.serve", "serve virtio-net devices over vfio-user"),
     "probe": _Command("vfio_user_virtio_server.probe", "show the device behind a socket"),
+    "migrate": _Command(
+        "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
+    ),
     "image": _Command("vfio_user_virtio_server.image", "look into saved migration streams"),
 }
 

@@ -8,11 +8,8 @@ time, so one that a VM uses answers when the VM has gone, which here means: not 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-import socket
 from typing import TYPE_CHECKING
 
 import attrs
@@ -20,9 +17,10 @@ import trio
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.transport.client import connect_socket
-from vfio_user_virtio_server import log, sockets, values
+from vfio_user_virtio_server import log, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.device_facts import DeviceFacts, read_device
+from vfio_user_virtio_server.dial import dial
 
 if TYPE_CHECKING:
     import argparse
@@ -43,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=argument(_seconds),
+        type=argument(values.parse_seconds),
         default=5.0,
         help="how long the server may take for everything (default: 5)",
     )
@@ -61,39 +59,12 @@ def run(options: argparse.Namespace) -> int:
 async def read(path: str, seconds: float) -> DeviceFacts:
     """What the server at `path` says within `seconds`.  Raises HostError, ConnectionLost."""
     with trio.move_on_after(seconds):
-        async with connect_socket(await _connect(path)) as client:
+        async with connect_socket(await dial(path)) as client:
             return await read_device(client)
     raise HostError(
         f"{path} does not answer within {seconds:g} s; a device serves one client at a time, so "
         "is a VM using it? --timeout waits longer",
         exit_code=os.EX_UNAVAILABLE,
-    )
-
-
-async def _connect(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    while True:
-        result = sock.connect_ex(path)
-        if result == 0:
-            return sock
-        if result != errno.EAGAIN:
-            sock.close()
-            raise _unreachable(path, result)
-        await trio.sleep(0.05)  # its backlog is full, and there is nothing to wait on
-
-
-def _unreachable(path: str, error: int) -> HostError:
-    match error:
-        case errno.ENOENT:
-            remedy, exit_code = "is the server running, and with that path?", os.EX_NOINPUT
-        case errno.EACCES | errno.EPERM:
-            remedy = f"the socket is {sockets.describe_access(path)}; join its group"
-            exit_code = os.EX_NOPERM
-        case _:
-            remedy, exit_code = "no server listens there; start one", os.EX_UNAVAILABLE
-    return HostError(
-        f"cannot connect to {path}: {os.strerror(error)}; {remedy}", exit_code=exit_code
     )
 
 
@@ -187,10 +158,3 @@ def _size(size: int) -> str:
         if size >> shift and not size & (1 << shift) - 1:
             return f"{size >> shift}{unit}"
     return str(size)
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) <= 3600:
-            return seconds
-    raise ValueError(f"{text!r} is not a number of seconds from 0 to 3600")

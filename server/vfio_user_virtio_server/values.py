@@ -10,6 +10,7 @@ Addresses are made up only when none is given: see `derived_mac`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from typing import Final, TypeAlias
@@ -184,6 +185,14 @@ def parse_number(text: str) -> int:
     if not re.fullmatch(r"-?[0-9]{1,19}", text):
         raise ValueError(f"{text!r} is not a number; write a decimal integer")
     return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """A time limit: more than 0, and at most an hour."""
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= 3600:
+            return seconds
+    raise ValueError(f"{text!r} is not a number of seconds from 0 to 3600")
 
 
 def parse_rate(text: str) -> int:

@@ -21,6 +21,7 @@ from vfio_user_virtio.backends.software.config import DEFAULT_FEATURES
 from vfio_user_virtio.virtio.features import feature_names
 from vfio_user_virtio_server import values
 from vfio_user_virtio_server.config import parse_document
+from vfio_user_virtio_server.main import COMMANDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,14 +88,16 @@ def test_options_are_all_there_and_exist() -> None:
     told = {option for code in CODE for option in OPTION.findall(code)}
     serve_options = set(OPTION.findall(help_of("serve")))
     assert serve_options - told == {"--help"}
-    assert told - serve_options - set(OPTION.findall(help_of("probe"))) == set()
+    others = {option for name in COMMANDS for option in OPTION.findall(help_of(name))}
+    assert told - others == set()
+    assert set(OPTION.findall(help_of("migrate"))) - told == {"--help"}
 
 
 def test_commands_are_taken() -> None:
     """Up to `--help`, which is put last: everything before it has been parsed then."""
     lines = "\n".join(text for language, text in BLOCKS if language != "toml") + "\n".join(CODE)
-    commands = re.findall(r"vfio-user-virtio ((?:serve|probe) .*)", lines)
-    assert len(commands) >= 2
+    commands = re.findall(rf"vfio-user-virtio ((?:{'|'.join(COMMANDS)}) .*)", lines)
+    assert {command.split()[0] for command in commands} == set(COMMANDS)
     for command in commands:
         assert "usage: " in help_of(*shlex.split(command)), command
 

@@ -1,0 +1,291 @@
+"""``vfio-user-virtio migrate``: move a device's state from one server to another, and time it.
+
+It is the client of both servers for as long as it takes.  A device serves one client, so one that a
+VM uses cannot be migrated this way: this is for trying a pair of servers, for measurements, and a
+model for tools that own the sockets (`transport.device_migration` does the work).  Guest memory is
+not moved, and when the command ends so do both sessions.
+
+Ctrl-C and SIGTERM cancel: the target is reset, the source runs on.  Once the target runs it is too
+late for that.
+
+``--json`` prints one object: ``from``, ``to``, ``precopy`` (whether there was a PRE_COPY phase),
+``from_options`` and ``to_options`` (what the devices offer, by name), ``phases`` (each with
+``name``, ``seconds`` and ``byte_count``), ``seconds``, ``downtime_seconds``, ``byte_count``,
+``source_state``, ``image``.  These keys are stable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
+from vfio_user_virtio.protocol.migration import MigrationState
+from vfio_user_virtio.transport.client import connect_socket
+from vfio_user_virtio.transport.device_migration import ANSWER_SECONDS, Migration
+from vfio_user_virtio_server import log, values
+from vfio_user_virtio_server.arguments import argument
+from vfio_user_virtio_server.dial import dial
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from vfio_user_virtio.protocol.migration import MigrationFlags
+    from vfio_user_virtio.transport.client import Client
+
+MAX_ROUNDS: Final = 3600
+_REDRAW_SECONDS: Final = 0.1
+_CLEAR_LINE: Final = "\r\33[K"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Move the state of a device from one server to another and say how long each phase took. "
+        "Guest memory is not moved.  Both devices must be free: a device serves one client, so one "
+        "that a VM uses cannot be migrated this way."
+    )
+    for option, what in (("--from-socket", "source"), ("--to-socket", "target")):
+        parser.add_argument(
+            option,
+            metavar="PATH",
+            required=True,
+            type=argument(values.parse_socket_path),
+            help=f"socket of the {what}",
+        )
+    parser.add_argument(
+        "--no-precopy", action="store_true", help="stop the source before anything is saved"
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=argument(_rounds),
+        default=0,
+        help="look N times for what has changed before the source is stopped, once a second",
+    )
+    parser.add_argument(
+        "--keep-source", action="store_true", help="let the source run on; otherwise it is stopped"
+    )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="save the stream there, for `image show`; if the migration fails, as far as it came",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=argument(values.parse_seconds),
+        default=ANSWER_SECONDS,
+        help=f"how long a server may take for one answer (default: {ANSWER_SECONDS:g})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.from_socket == options.to_socket:
+        raise HostError("--from-socket and --to-socket are the same", exit_code=os.EX_USAGE)
+    attempt = Attempt(options)
+    cancelled_by = trio.run(attempt.run)
+    if cancelled_by is not None:
+        print(f"vfio-user-virtio: cancelled; {attempt.standing}", file=sys.stderr)
+        return 128 + cancelled_by
+    done = attempt.migration
+    assert done is not None
+    if options.json:
+        print(json.dumps(described(options, done), indent=2))
+    else:
+        print(*(log.escape(line) for line in lines(options, done)), sep="\n")
+    return os.EX_OK
+
+
+class Attempt:
+    """The one migration that `options` ask for; `migration` is there once both ends answer."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.migration: Migration | None = None
+        self._options = options
+        self._cancellable = trio.CancelScope()
+
+    async def run(self) -> int | None:
+        """Migrate; the signal that cancelled it, or None when it is done.  Raises HostError."""
+        caught: list[int] = []
+        failure: ConnectionLost | HostError | RemoteError | None = None
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                self._cancellable = nursery.cancel_scope
+                nursery.start_soon(self._cancel_on_signal, signals, caught)
+                try:
+                    await self._migrate()
+                except (ConnectionLost, HostError, RemoteError) as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            code = failure.exit_code if isinstance(failure, HostError) else os.EX_IOERR
+            raise HostError(f"{failure}; {self.standing}", exit_code=code) from failure
+        too_late = self.migration is not None and self.migration.target_runs
+        return caught[0] if caught and not too_late else None
+
+    @property
+    def standing(self) -> str:
+        """Where the device is now."""
+        migration = self.migration
+        if migration is None:
+            return "nothing was changed"
+        if migration.target_runs:
+            return f"the target runs, the source is in {_state(migration)}"
+        if migration.source_state is MigrationState.RUNNING:
+            return "the source runs on"
+        return f"the source does not run on, its state is {_state(migration)}"
+
+    async def _migrate(self) -> None:
+        options = self._options
+        async with contextlib.AsyncExitStack() as stack:
+            source = await stack.enter_async_context(_session(options.from_socket))
+            target = await stack.enter_async_context(_session(options.to_socket))
+            progress = _ProgressLine()
+            stack.callback(progress.clear)
+            self.migration = Migration(
+                source,
+                target,
+                precopy=not options.no_precopy,
+                rounds=options.rounds,
+                keep_source=options.keep_source,
+                answer_seconds=options.timeout,
+                on_data=_saver(options.image, stack),
+                on_progress=progress.show,
+            )
+            # Not the sessions as well: the way back needs them.
+            with trio.CancelScope() as self._cancellable:
+                await self.migration.run()
+
+    async def _cancel_on_signal(self, signals: AsyncIterator[int], caught: list[int]) -> None:
+        async for number in signals:
+            caught.append(number)
+            self._cancellable.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _session(path: str) -> AsyncIterator[Client]:
+    connected = False
+    try:
+        async with connect_socket(await dial(path)) as client:
+            connected = True
+            yield client
+    except ConnectionLost as error:
+        if connected:
+            raise
+        raise HostError(
+            f"{path}: {error}; a device serves one client at a time, so is a VM using it?",
+            exit_code=os.EX_UNAVAILABLE,
+        ) from None
+
+
+def _saver(path: str | None, stack: contextlib.AsyncExitStack) -> Callable[[bytes], None]:
+    """What writes the stream to a new file, which only its owner can read."""
+    if path is None:
+        return lambda _: None
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"cannot save the stream in {path}: {error.strerror}", exit_code=os.EX_CANTCREAT
+        ) from None
+    stack.callback(os.close, fd)
+
+    def save(data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(fd, left) :]
+        except OSError as error:
+            raise HostError(
+                f"cannot save the stream in {path}: {error.strerror}", exit_code=os.EX_IOERR
+            ) from None
+
+    return save
+
+
+class _ProgressLine:
+    """One line on standard error, if that is a terminal, which is gone in the end."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+        self._shown = ""
+        self._redraw_at = 0.0
+
+    def show(self, migration: Migration) -> None:
+        """The phase, and the bytes so far; within a phase, ten times a second at most."""
+        phase = migration.phases[-1].name
+        now = trio.current_time()
+        if not self._on or (phase == self._shown and now < self._redraw_at):
+            return
+        self._shown, self._redraw_at = phase, now + _REDRAW_SECONDS
+        self._write(f"{_CLEAR_LINE}{phase}: {migration.byte_count:,} bytes")
+
+    def clear(self) -> None:
+        if self._shown:
+            self._write(_CLEAR_LINE)
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def described(options: argparse.Namespace, done: Migration) -> dict[str, object]:
+    """For programs."""
+    return {
+        "from": options.from_socket,
+        "to": options.to_socket,
+        "precopy": done.precopy,
+        "from_options": _names(done.source_options),
+        "to_options": _names(done.target_options),
+        "phases": [attrs.asdict(phase) for phase in done.phases],
+        "seconds": done.seconds,
+        "downtime_seconds": done.downtime,
+        "byte_count": done.byte_count,
+        "source_state": _state(done),
+        "image": options.image,
+    }
+
+
+def lines(options: argparse.Namespace, done: Migration) -> Iterator[str]:
+    """For people."""
+    yield (
+        f"{options.from_socket} to {options.to_socket}: {done.byte_count:,} bytes in "
+        f"{_ms(done.seconds)}, downtime {_ms(done.downtime)}"
+    )
+    for phase in done.phases:
+        moved = f"  {phase.byte_count:,} bytes" if phase.byte_count else ""
+        yield f"    {phase.name:<10}{_ms(phase.seconds):>12}{moved}"
+    for side, options_of in (("source", done.source_options), ("target", done.target_options)):
+        yield f"    The {side} offers {' '.join(_names(options_of))}"
+    yield f"    The target runs, the source is in {_state(done)}; guest memory was not moved"
+
+
+def _state(migration: Migration) -> str:
+    return "unknown" if migration.source_state is None else migration.source_state.name
+
+
+def _names(options: MigrationFlags) -> list[str]:
+    return [flag.name or "" for flag in type(options) if flag in options]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
+
+
+def _rounds(text: str) -> int:
+    number = values.parse_number(text)
+    if not 0 <= number <= MAX_ROUNDS:
+        raise ValueError(f"{text} rounds; they can be 0 to {MAX_ROUNDS}, one a second")
+    return number
