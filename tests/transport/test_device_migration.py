@@ -69,6 +69,10 @@ class Watched:
         await self._note("write")
         await self.device.migration_write(data)
 
+    async def precopy_info(self) -> tuple[int, int]:
+        await self._note("info")
+        return await self.device.precopy_info()
+
     async def reset(self, cause: object) -> None:
         await self._note("reset")
         await self.device.reset(cause)  # type: ignore[arg-type]  # whatever came
@@ -178,10 +182,15 @@ async def test_phases(autojump_clock: trio.testing.MockClock) -> None:
     def note(migration: Migration) -> None:
         seen.append((migration.phases[-1].name, migration.byte_count))
 
+    pieces: list[bytes] = []
     async with pair() as both:
-        migration = both.migration(on_progress=note, rounds=2, keep_source=True)
+        migration = both.migration(
+            on_progress=note, on_data=pieces.append, rounds=2, keep_source=True
+        )
         await migration.run()
         assert both.states == [RUNNING, RUNNING]
+    kinds = [record.kind for record in read_stream_untrusted(pieces)]
+    assert kinds == ["image"] * 4 + ["private"], "the first, one for each round, the last"
     names = [phase.name for phase in migration.phases]
     assert names == ["prepare", "pre-copy", "stop", "copy", "resume", "finish"]
     seconds = {phase.name: phase.seconds for phase in migration.phases}
@@ -194,6 +203,27 @@ async def test_phases(autojump_clock: trio.testing.MockClock) -> None:
     assert ("pre-copy", moved["pre-copy"]) in seen
     assert seen[-1] == ("finish", migration.byte_count)
     assert migration.source_state is RUNNING
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EIO])
+async def test_rounds_of_a_server_without_precopy_info(
+    error: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with pair() as both:
+
+        def refuse() -> None:
+            if both.requests[-1] == "source info":
+                raise ClientError(error, "no")
+
+        both.source.meddle = refuse
+        migration = both.migration(rounds=1)
+        if error == errno.ENOSYS:
+            await migration.run()
+            assert both.requests.count("source read") == 3
+        else:
+            with pytest.raises(RemoteError, match="the source refuses MIG_GET_PRECOPY_INFO"):
+                await migration.run()
+            await check_how_things_stand(both, migration, committed=False)
 
 
 @pytest.mark.parametrize("target", [STOP_AND_COPY, VFIO_USER, WITHOUT_PRE_COPY, EVERYTHING])

@@ -62,7 +62,7 @@ DOWNTIME: Final = frozenset({_STOP, _COPY, _RESUME})
 """The phases in which neither device runs."""
 
 _NOT_THERE: Final = frozenset({errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-"""Refusals that mean that there is no such feature."""
+"""Refusals that mean that there is no such feature or command."""
 
 
 @attrs.define
@@ -155,6 +155,7 @@ class Migration:
             await self._move()
             for _ in range(self.rounds):
                 await trio.sleep(ROUND_SECONDS)
+                await self._look_for_more()
                 await self._move()
 
     async def _stop(self) -> None:
@@ -202,6 +203,14 @@ class Migration:
             yield
         finally:
             phase.seconds = trio.current_time() - start
+
+    async def _look_for_more(self) -> None:
+        """Ask how much there is, which is what makes our server, and Linux, save anew."""
+        try:
+            await self._ask(self.source, "MIG_GET_PRECOPY_INFO", self.source.precopy_info())
+        except RemoteError as error:
+            if error.errno not in _NOT_THERE:
+                raise
 
     async def _move(self) -> None:
         """Move what there is now."""
