@@ -8,6 +8,7 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     name = "blue"                    # default: owner1, owner2, …
     uplink = "tap:vnet0"             # default: "none"; the forms are those of --uplink
     pcap = "/var/tmp/blue.pcap"      # capture of the uplink
+    p2p = true                       # migration states ..._P2P, beside the specification's
 
     [[owner.member]]                 # one device; its member id is its place, from 1
     name = "vm1"                     # default: OWNER-1, OWNER-2, …
@@ -91,12 +92,16 @@ class ServedMember:
 
 @attrs.frozen(kw_only=True)
 class OwnerConfig:
-    """An owner with the uplink of its switch and 1 … 255 members; `pcap` captures the uplink."""
+    """An owner with the uplink of its switch and 1 … 255 members; `pcap` captures the uplink.
+
+    `p2p`: whether members have the migration states …_P2P, beside the vfio-user specification's.
+    """
 
     name: str
     members: tuple[ServedMember, ...]
     uplink: values.UplinkConfig = values.NO_UPLINK
     pcap: str | None = None
+    p2p: bool = True
 
 
 CONFIGURABLE_FEATURES: Final = (DEFAULT_FEATURES | OPTIONAL_FEATURES) & ~(
@@ -160,6 +165,7 @@ def _owner(table: Table, *, default_name: str, file: str, seed: bytes) -> OwnerC
         name=name,
         uplink=table.parse("uplink", values.parse_uplink) or values.NO_UPLINK,
         pcap=table.parse("pcap", values.parse_path),
+        p2p=table.take("p2p", bool) is not False,
         members=tuple(
             _member(member, member_id=number, owner_name=name, file=file, seed=seed)
             for number, member in enumerate(tables, 1)

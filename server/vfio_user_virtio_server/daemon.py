@@ -23,6 +23,7 @@ import trio
 
 from vfio_user_virtio.backends.software.migratable import migratable_members
 from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.migration.states import EVERYTHING, VFIO_USER
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
 from vfio_user_virtio_server import activation, sockets
 from vfio_user_virtio_server.assembly import assemble
@@ -83,7 +84,11 @@ async def _main(
         doors = _open_doors(members, passed, closers)
         owners = [assemble(config, closers) for config in configs]
         broken: list[str] = []
-        devices = [device for owner in owners for device in await _devices(owner)]
+        devices = [
+            device
+            for config, owner in zip(configs, owners, strict=True)
+            for device in await _devices(config, owner)
+        ]
         try:
             async with trio.open_nursery() as outer:
                 for owner in owners:
@@ -109,9 +114,10 @@ async def _main(
         raise failure
 
 
-async def _devices(owner: Owner) -> list[MigratableDevice]:
+async def _devices(config: OwnerConfig, owner: Owner) -> list[MigratableDevice]:
     """The members of `owner` as what is served, in their order."""
-    return list((await migratable_members(owner)).values())
+    options = EVERYTHING if config.p2p else VFIO_USER
+    return list((await migratable_members(owner, options=options)).values())
 
 
 async def _stop_on_signal(

@@ -40,6 +40,7 @@ DEVICE_OPTIONS: Final = (
     "pcap",
     "max_tx_rate",
     "allow_unsealed_memory",
+    "no_p2p",
     "socket_mode",
     "socket_group",
 )
@@ -125,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="trust the client not to shrink the files that back the guest's memory",
     )
+    device.add_argument(
+        "--no-p2p",
+        action="store_true",
+        default=None,
+        help="offer only the migration states of the vfio-user specification",
+    )
 
 
 def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
@@ -145,7 +152,12 @@ def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
         **arguments,
     )
     served = ServedMember(name=DEVICE_NAME, member=member, socket=socket, pcap=options.pcap)
-    owner = OwnerConfig(name="owner", members=(served,), uplink=options.uplink or values.NO_UPLINK)
+    owner = OwnerConfig(
+        name="owner",
+        members=(served,),
+        uplink=options.uplink or values.NO_UPLINK,
+        p2p=not options.no_p2p,
+    )
     check((owner,), "options")
     return (owner,)
 

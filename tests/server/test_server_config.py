@@ -71,11 +71,18 @@ def test_what_is_left_out_has_a_default() -> None:
     (owner,) = parse("[[owner]]\n[[owner.member]]\n[[owner.member]]\n")
     assert owner.name == "owner1"
     assert owner.uplink == values.NO_UPLINK
+    assert owner.p2p
     assert [served.name for served in owner.members] == ["owner1-1", "owner1-2"]
     assert [served.member.member_id for served in owner.members] == [1, 2]
     assert owner.members[0].socket == InheritedSocket(None)
     assert owner.members[0].member.mac != owner.members[1].member.mac
     assert not owner.members[0].member.allow_unsealed_memory
+
+
+@pytest.mark.parametrize("p2p", [False, True])
+def test_migration_states_are_the_owners(*, p2p: bool) -> None:
+    (owner,) = parse(f"[[owner]]\np2p = {str(p2p).lower()}\n[[owner.member]]\n")
+    assert owner.p2p == p2p
 
 
 def test_two_files_on_one_host_do_not_make_the_same_addresses() -> None:

@@ -259,3 +259,16 @@ def test_help_says_what_it_is_not() -> None:
     text = " ".join(run("migrate", "--help").stdout.split())
     assert "Guest memory is not moved." in text
     assert "one that a VM uses cannot be migrated this way" in text
+
+
+def test_a_server_without_p2p_migrates_with_one_that_has_it() -> None:
+    with (
+        short_folder() as folder,
+        served("--socket-path", folder / "a", "--mac", MAC_A, "--no-p2p"),
+        served("--socket-path", folder / "b", "--mac", MAC_B),
+    ):
+        sockets = ("--from-socket", folder / "a", "--to-socket", folder / "b")
+        told = json.loads(run("migrate", *sockets, "--json").stdout)
+        assert told["from_options"] == ["STOP_COPY", "PRE_COPY"]
+        assert told["to_options"] == ["STOP_COPY", "P2P", "PRE_COPY"]
+        assert told["precopy"]

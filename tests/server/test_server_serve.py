@@ -35,7 +35,9 @@ def test_every_option_arrives() -> None:
         *("--mac", "52:54:00:12:34:56", "--mtu", "9000", "--queue-pairs", "4"),
         *("--uplink", "tap:vnet0", "--pcap", "/tmp/p", "--max-tx-rate", "1gbit"),
         "--allow-unsealed-memory",
+        "--no-p2p",
     )
+    assert not made.p2p
     assert made.uplink == values.TapUplink("vnet0")
     assert made.pcap is None
     (served,) = made.members
@@ -50,6 +52,7 @@ def test_every_option_arrives() -> None:
 def test_what_is_left_out_has_a_default() -> None:
     made = owner()
     assert made.uplink == values.NO_UPLINK
+    assert made.p2p
     (served,) = made.members
     assert served.socket == InheritedSocket()
     assert served.member.mtu is None
