@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from typing import TYPE_CHECKING
 
 import pytest
@@ -158,9 +159,13 @@ async def test_a_stream_sets_another_member() -> None:
     assert state.announce
 
 
-async def test_a_stream_is_an_image_and_then_what_parts_lack() -> None:
+async def test_a_stream_is_an_image_and_then_what_parts_lack(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "vfio_user_virtio.migration.member_migration")
     rig = await OwnerRig().discover()
     records = list(StreamDecoder().feed_untrusted(await image_of(rig)))
+    assert "goes without guest_offloads, mac, status, config_generation, isr" in caplog.text
     assert [record.tag for record in records] == [0, PRIVATE_TAG]
     names = {part.name for part in parse_parts_untrusted(bytes(records[0].payload))}
     assert {"DEV_FEATURES", "DEVICE_STATUS", "VQ_CFG queue 4"} <= names

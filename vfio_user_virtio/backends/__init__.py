@@ -1,1 +1,1 @@
-"""Where a device really lives: `software` here, `vfio`.  No backend knows the wire."""
+"""Where a device really lives: so far, in `software`.  No backend knows the wire."""

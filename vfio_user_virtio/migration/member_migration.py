@@ -31,8 +31,8 @@ from vfio_user_virtio.migration.private_record import (
     PRIVATE_TAG,
     PrivateState,
     decode_private_untrusted,
-    describe,
     encode_private,
+    lost_on_linux,
 )
 from vfio_user_virtio.migration.states import EVERYTHING, SAVING, path
 from vfio_user_virtio.migration.stream import StreamDecoder, encode_image, encode_private_record
@@ -304,7 +304,7 @@ class MemberMigration:
         _log.info(
             "%s: a target that is not of this project goes without %s",
             self._name,
-            ", ".join(f"{name} {value}" for name, value in describe(private).items()),
+            ", ".join(lost_on_linux(private)),
         )
         return image, encode_private_record(encode_private(private))
 
