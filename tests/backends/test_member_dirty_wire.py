@@ -18,6 +18,7 @@ from vfio_user_virtio.backends.software.migratable import migratable_members
 from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.device import FeatureOperation, LoggingReport, LoggingStart
 from vfio_user_virtio.errors import RemoteError
+from vfio_user_virtio.limits import MAX_DATA_XFER_SIZE
 from vfio_user_virtio.protocol.dma_logging import (
     decode_logging_report_reply_untrusted,
     encode_logging_report_request,
@@ -125,6 +126,27 @@ async def test_a_client_without_room_for_the_report_has_not_had_it() -> None:
             assert any(await one.report(one.ram.iova, RAM, PAGE, room=room))
             await driver.send(frame(BROADCAST, MAC_A))
             await driver.flush()
+
+
+async def test_a_bitmap_of_all_that_a_message_may_carry() -> None:
+    """Its heads come on top of max_data_xfer_size; of one more bit nothing is looked at."""
+    length = 8 * MAX_DATA_XFER_SIZE * PAGE
+    async with logged() as one:
+        driver = await one.driver()
+        await one.start()
+        await driver.send(frame(BROADCAST, MAC_A))
+        await driver.flush()
+        with pytest.raises(RemoteError) as refused:
+            await one.report(0, length + PAGE, PAGE)
+        assert refused.value.errno == errno.EINVAL
+        bitmap = await one.report(0, length, PAGE)
+        assert len(bitmap) == MAX_DATA_XFER_SIZE
+        assert any(bitmap)
+        await driver.send(frame(BROADCAST, MAC_A))
+        await driver.flush()
+        unmapped = await one.client.dma_unmap_dirty(0, length, PAGE)
+        assert len(unmapped) == MAX_DATA_XFER_SIZE
+        assert any(unmapped)
 
 
 @given(

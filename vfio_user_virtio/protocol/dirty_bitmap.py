@@ -3,6 +3,9 @@
 Source: vfio-user, VFIO_USER_DEVICE_FEATURE, DMA logging report.  Bit k of the little-endian u64
 words stands for the page at iova + k * page_size; bits past the end are 0.  (The printed formula
 shifts by the address modulo 64, which makes sense for a page index only.)
+
+The bitmap is the data of its message, so it may have all of MAX_DATA_XFER_SIZE; what stands before
+it (32 bytes of a feature's reply, 40 of DMA_UNMAP's) comes on top, as with every other message.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from vfio_user_virtio.device import FeatureOperation
-from vfio_user_virtio.limits import MAX_DATA_XFER_SIZE
+from vfio_user_virtio.limits import MAX_MESSAGE_SIZE
 from vfio_user_virtio.protocol.checks import (
     distrust,
     refuse,
@@ -104,7 +104,7 @@ def decode_feature_reply_untrusted(payload: Buffer, request: FeatureRequest) -> 
     argsz, flags = DEVICE_FEATURE.unpack_from(payload)
     if flags != request.index | request.operation:
         raise distrust(f"the reply to {_NAME} has flags {flags:#x}, not those of the request")
-    if argsz > MAX_DATA_XFER_SIZE:
-        raise distrust(f"the reply to {_NAME} has argsz {argsz}, at most {MAX_DATA_XFER_SIZE}")
+    if argsz > MAX_MESSAGE_SIZE:
+        raise distrust(f"the reply to {_NAME} has argsz {argsz}, at most {MAX_MESSAGE_SIZE}")
     data = bytes(payload[DEVICE_FEATURE_SIZE:])
     return FeatureRequest(request.index, request.operation, data, argsz)

@@ -24,7 +24,7 @@ import trio
 
 from vfio_user_virtio.device import U64_END, DmaMapping, IrqInfo, IrqRequest, RegionInfo
 from vfio_user_virtio.errors import ClientError, ConnectionLost, HostError
-from vfio_user_virtio.limits import HANDSHAKE_SECONDS
+from vfio_user_virtio.limits import HANDSHAKE_SECONDS, MAX_MESSAGE_OVERHEAD
 from vfio_user_virtio.protocol.device_info import (
     decode_device_info_reply_untrusted,
     encode_device_info_request,
@@ -284,7 +284,7 @@ class Client:
 
     def _room(self, argsz: int) -> int:
         """`argsz`, unless no reply could be that large."""
-        limit = self.version.capabilities.max_data_xfer_size
+        limit = self.version.capabilities.max_data_xfer_size + MAX_MESSAGE_OVERHEAD
         if argsz > limit:
             raise ConnectionLost(f"the server has a reply of {argsz} bytes, at most {limit} fit")
         return argsz
