@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,10 +14,8 @@ from vfio_user_virtio.backends.software.eventfds import (
     KernelSignaller,
     PollingSignaller,
     Signaller,
-    check_eventfd_untrusted,
     shared_signaller,
 )
-from vfio_user_virtio.errors import ClientError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,31 +110,3 @@ def test_a_ring_of_another_layout_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(eventfds, "_RING_MAGIC", 0)
     with pytest.raises(OSError, match="layout"):
         KernelSignaller()
-
-
-def test_an_eventfd_is_made_non_blocking(eventfd: int) -> None:
-    check_eventfd_untrusted(eventfd)
-    assert not os.get_blocking(eventfd)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "memfd", "file", "directory", "closed"])
-def test_other_fds_are_refused(kind: str) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        extra = None
-        if kind == "pipe":
-            extra, fd = os.pipe()
-        elif kind == "memfd":
-            fd = os.memfd_create("eventfd")
-        elif kind == "file":
-            fd = os.open(f"{directory}/anon_inode:[eventfd]", os.O_CREAT | os.O_RDWR)
-        else:
-            fd = os.open(directory, os.O_RDONLY)
-        if kind == "closed":
-            os.close(fd)
-        with pytest.raises(ClientError, match="eventfd") as caught:
-            check_eventfd_untrusted(fd)
-        assert caught.value.errno == errno.EINVAL
-        if kind != "closed":
-            os.close(fd)
-        if extra is not None:
-            os.close(extra)

@@ -15,12 +15,12 @@ session lives.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from vfio_user_virtio.device import FeatureOperation, LoggingReport, RegionFlags, ResetCause
 from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.eventfd import check_eventfd_untrusted
 from vfio_user_virtio.protocol.device_info import (
     decode_device_info_request_untrusted,
     encode_device_info_reply,
@@ -89,7 +89,6 @@ Answer: TypeAlias = tuple[bytes, Sequence[int]]
 Handler: TypeAlias = Callable[[Frame], Awaitable[Answer]]
 
 _GET: Final = FeatureOperation.GET
-_EVENTFD: Final = "anon_inode:[eventfd]"
 
 
 class Commands:
@@ -212,7 +211,7 @@ class Commands:
         request = decode_set_irqs_request_untrusted(frame.payload, frame.fds)
         check_irq_range(request, self._irq(request.index))
         for fd in frame.fds:
-            _check_eventfd(fd)
+            check_eventfd_untrusted(fd)
         frame.take_fds()
         await self._device.set_irqs(request)
         return encode_reply(frame), ()
@@ -287,11 +286,3 @@ class Commands:
 
 def _invalid(message: str) -> ClientError:
     return ClientError(errno.EINVAL, message)
-
-
-def _check_eventfd(fd: int) -> None:
-    """Raises ClientError unless `fd` is an eventfd; makes it one whose signalling cannot block."""
-    kind = os.readlink(f"/proc/self/fd/{fd}")
-    if kind != _EVENTFD:
-        raise _invalid(f"an interrupt needs an eventfd, this is {kind}")
-    os.set_blocking(fd, False)

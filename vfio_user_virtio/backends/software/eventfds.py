@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -42,14 +41,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import cffi
 
-from vfio_user_virtio.errors import ClientError
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _log: Final = logging.getLogger(__name__)
 
-_LINK: Final = "anon_inode:[eventfd]"
 _ONE: Final = (1).to_bytes(8, "little")
 
 _IOCB: Final = struct.Struct("=QIiHhIQQqQII")
@@ -133,14 +129,3 @@ def shared_signaller() -> Signaller:
             error,
         )
         return PollingSignaller()
-
-
-def check_eventfd_untrusted(fd: int) -> None:
-    """Raise ClientError (EINVAL) unless `fd` is an eventfd; make it non-blocking."""
-    try:
-        link = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError as error:
-        link = os.strerror(error.errno or 0)
-    if link != _LINK:
-        raise ClientError(errno.EINVAL, f"an interrupt needs an eventfd, this fd is {link!r}")
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)

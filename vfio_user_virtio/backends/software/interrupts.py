@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from vfio_user_virtio.backends.software.eventfds import check_eventfd_untrusted, shared_signaller
+from vfio_user_virtio.backends.software.eventfds import shared_signaller
 from vfio_user_virtio.device import IrqAction, IrqFlags, IrqInfo, VfioIrq
 from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.eventfd import check_eventfd_untrusted
 from vfio_user_virtio.pci.msix import PendingBits
 
 if TYPE_CHECKING:
