@@ -184,14 +184,6 @@ def test_injection(client: Client) -> None:
     assert client.interrupts.pending.read(0, 8) == bytes(8)
 
 
-def test_error_is_signalled_if_armed(client: Client) -> None:
-    client.interrupts.signal_error()
-    client.arm(VfioIrq.REQ)
-    client.arm(VfioIrq.ERR)
-    client.interrupts.signal_error()
-    assert client.told() == [0, 1]
-
-
 def test_intx_masks_itself_until_unmasked(client: Client) -> None:
     client.arm(VfioIrq.INTX)
     client.interrupts.set_intx_level(True)
@@ -350,7 +342,6 @@ def test_a_full_counter_holds_nobody_up(client: Client, index: VfioIrq) -> None:
     for _ in range(2):
         client.interrupts.trigger(0)
         client.interrupts.set_intx_level(True)
-        client.interrupts.signal_error()
         client.set_irqs(index, 0, 1)
     assert os.eventfd_read(fd) >= (1 << 64) - 2
 

@@ -8,7 +8,10 @@ stock QEMU needs of it (vfio-user, VFIO_USER_DEVICE_SET_IRQS):
   asserted then, it is signalled again;
 * an MSI-X vector that fires without an eventfd becomes pending, and arming it delivers (why mask
   bits have no say: `vfio_user_virtio.pci.msix`);
-* an eventfd of ERR or REQ is kept for `signal_error`, and to be closed when it should be.
+* ERR and REQ are there, as they are of every PCI Express function of the kernel's, and the device
+  never signals them.  QEMU answers ERR by stopping the guest for good, which is right for hardware
+  that has failed; all that can befall this device is DEVICE_NEEDS_RESET, which the guest's driver
+  mends by itself.  REQ asks the client to give a device of the host back, and there is none.
 
 A request is checked as a whole before anything of it takes effect, and its eventfds are closed
 if it fails.  Where the kernel and the wire's own rules leave a choice, it is the kernel's:
@@ -108,10 +111,6 @@ class Interrupts:
         """Follow INTx Disable of the COMMAND register."""
         self._intx_disabled = disabled
         self._deliver_intx()
-
-    def signal_error(self) -> None:
-        """Tell the client that the device has failed for good (QEMU stops the guest)."""
-        self._tell(self._eventfds[VfioIrq.ERR][0])
 
     def set_irqs(self, request: IrqRequest) -> None:
         """Do what a SET_IRQS says; `IrqRequest` tells how.
