@@ -34,9 +34,20 @@ from vfio_user_virtio.migration.private_record import (
     encode_private,
     lost_on_linux,
 )
-from vfio_user_virtio.migration.states import EVERYTHING, SAVING, path
+from vfio_user_virtio.migration.states import (
+    ERROR,
+    EVERYTHING,
+    PRE_COPY,
+    PRE_COPY_P2P,
+    RESUMING,
+    RUNNING,
+    RUNNING_P2P,
+    SAVING,
+    STOP,
+    STOP_COPY,
+    path,
+)
 from vfio_user_virtio.migration.stream import StreamDecoder, encode_image, encode_private_record
-from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio.virtio import admin_commands as commands
 from vfio_user_virtio.virtio.admin_commands import (
     COUNT_SIZE,
@@ -53,18 +64,9 @@ if TYPE_CHECKING:
     from vfio_user_virtio.migration.states import Arc
     from vfio_user_virtio.migration.stream import Record
     from vfio_user_virtio.protocol.header import Buffer
-    from vfio_user_virtio.protocol.migration import MigrationFlags
+    from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
 
 _log: Final = logging.getLogger(__name__)
-
-_ERROR: Final = MigrationState.ERROR
-_STOP: Final = MigrationState.STOP
-_RUNNING: Final = MigrationState.RUNNING
-_STOP_COPY: Final = MigrationState.STOP_COPY
-_RESUMING: Final = MigrationState.RESUMING
-_RUNNING_P2P: Final = MigrationState.RUNNING_P2P
-_PRE_COPY: Final = MigrationState.PRE_COPY
-_PRE_COPY_P2P: Final = MigrationState.PRE_COPY_P2P
 
 
 class PrivateStateHolder(Protocol):
@@ -95,7 +97,7 @@ class MemberMigration:
         private: PrivateStateHolder | None = None,
         max_record_size: int = limits.MAX_MIGRATION_RECORD,
     ) -> None:
-        self.state = _RUNNING
+        self.state = RUNNING
         self.options = options
         self._owner = owner
         self._member = member
@@ -132,8 +134,8 @@ class MemberMigration:
 
     async def write(self, data: Buffer) -> None:
         """The next bytes of the stream; every image that they complete is set at once."""
-        if self.state is not _RESUMING or self._loading is None:
-            raise self._wrong_state("written to", {_RESUMING})
+        if self.state is not RESUMING or self._loading is None:
+            raise self._wrong_state("written to", {RESUMING})
         for record in self._loading.feed_untrusted(data):
             try:
                 await self._load(record)
@@ -143,8 +145,8 @@ class MemberMigration:
     async def precopy_info(self) -> PrecopyInfo:
         """How much there is to read, by the kernel's accounting; may queue a new image."""
         saving = self._saving
-        if self.state not in (_PRE_COPY, _PRE_COPY_P2P) or saving is None:
-            raise self._wrong_state("asked for precopy info", {_PRE_COPY, _PRE_COPY_P2P})
+        if self.state not in (PRE_COPY, PRE_COPY_P2P) or saving is None:
+            raise self._wrong_state("asked for precopy info", {PRE_COPY, PRE_COPY_P2P})
         try:
             fresh = 0
             if saving.limiter.allow(self._clock()):
@@ -174,9 +176,9 @@ class MemberMigration:
     async def device_was_reset(self) -> None:
         """The client has reset the device: whatever was going on is over, and it runs."""
         await self._abandon()
-        if self.state is not _RUNNING:
+        if self.state is not RUNNING:
             _log.info("%s: RUNNING, by a reset", self._name)
-        self.state = _RUNNING
+        self.state = RUNNING
 
     async def function_was_reset(self) -> None:
         """The guest has reset the function, of which the client knows nothing: the state stays.
@@ -194,7 +196,7 @@ class MemberMigration:
         self._saving = None
         self._loading = None
         await self._destroy()
-        if self._stopped or self.state is not _RUNNING:
+        if self._stopped or self.state is not RUNNING:
             await self._try(self._resume(), "letting it run again")
         self._stopped = False
 
@@ -239,7 +241,7 @@ class MemberMigration:
             try:
                 await self._resume()
             except (AdminError, HostError):
-                self.state = _ERROR
+                self.state = ERROR
             raise
 
     async def _end_saving(self) -> None:
@@ -336,24 +338,24 @@ class MemberMigration:
 
 
 _STEPS: Final[Mapping[Arc, Callable[[MemberMigration], Awaitable[None]]]] = {
-    (_RUNNING, _RUNNING_P2P): MemberMigration._stop,
-    (_RUNNING_P2P, _RUNNING): MemberMigration._resume,
-    (_RUNNING_P2P, _STOP): MemberMigration._nothing,
-    (_STOP, _RUNNING_P2P): MemberMigration._nothing,
-    (_RUNNING, _STOP): MemberMigration._stop,
-    (_STOP, _RUNNING): MemberMigration._resume,
-    (_RUNNING, _PRE_COPY): MemberMigration._begin_saving,
-    (_RUNNING_P2P, _PRE_COPY_P2P): MemberMigration._begin_saving,
-    (_STOP, _STOP_COPY): MemberMigration._begin_saving,
-    (_PRE_COPY, _PRE_COPY_P2P): MemberMigration._stop,
-    (_PRE_COPY_P2P, _PRE_COPY): MemberMigration._resume,
-    (_PRE_COPY_P2P, _STOP_COPY): MemberMigration._add_final_image,
-    (_PRE_COPY, _STOP_COPY): MemberMigration._stop_and_add_final_image,
-    (_PRE_COPY, _RUNNING): MemberMigration._end_saving,
-    (_PRE_COPY_P2P, _RUNNING_P2P): MemberMigration._end_saving,
-    (_STOP_COPY, _STOP): MemberMigration._end_saving,
-    (_STOP, _RESUMING): MemberMigration._begin_resuming,
-    (_RESUMING, _STOP): MemberMigration._end_resuming,
+    (RUNNING, RUNNING_P2P): MemberMigration._stop,
+    (RUNNING_P2P, RUNNING): MemberMigration._resume,
+    (RUNNING_P2P, STOP): MemberMigration._nothing,
+    (STOP, RUNNING_P2P): MemberMigration._nothing,
+    (RUNNING, STOP): MemberMigration._stop,
+    (STOP, RUNNING): MemberMigration._resume,
+    (RUNNING, PRE_COPY): MemberMigration._begin_saving,
+    (RUNNING_P2P, PRE_COPY_P2P): MemberMigration._begin_saving,
+    (STOP, STOP_COPY): MemberMigration._begin_saving,
+    (PRE_COPY, PRE_COPY_P2P): MemberMigration._stop,
+    (PRE_COPY_P2P, PRE_COPY): MemberMigration._resume,
+    (PRE_COPY_P2P, STOP_COPY): MemberMigration._add_final_image,
+    (PRE_COPY, STOP_COPY): MemberMigration._stop_and_add_final_image,
+    (PRE_COPY, RUNNING): MemberMigration._end_saving,
+    (PRE_COPY_P2P, RUNNING_P2P): MemberMigration._end_saving,
+    (STOP_COPY, STOP): MemberMigration._end_saving,
+    (STOP, RESUMING): MemberMigration._begin_resuming,
+    (RESUMING, STOP): MemberMigration._end_resuming,
 }
 """What each single arc does; `states.ARCS` says with which options it is one."""
 

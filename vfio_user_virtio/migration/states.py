@@ -34,16 +34,17 @@ Options: TypeAlias = MigrationFlags
 Arc: TypeAlias = tuple[MigrationState, MigrationState]
 """A single step, from the first state to the second."""
 
-_ERROR: Final = MigrationState.ERROR
-_STOP: Final = MigrationState.STOP
-_RUNNING: Final = MigrationState.RUNNING
-_STOP_COPY: Final = MigrationState.STOP_COPY
-_RESUMING: Final = MigrationState.RESUMING
-_RUNNING_P2P: Final = MigrationState.RUNNING_P2P
-_PRE_COPY: Final = MigrationState.PRE_COPY
-_PRE_COPY_P2P: Final = MigrationState.PRE_COPY_P2P
+# The tables below, and those made of them, are read by the eye: so the states by short names.
+ERROR: Final = MigrationState.ERROR
+STOP: Final = MigrationState.STOP
+RUNNING: Final = MigrationState.RUNNING
+STOP_COPY: Final = MigrationState.STOP_COPY
+RESUMING: Final = MigrationState.RESUMING
+RUNNING_P2P: Final = MigrationState.RUNNING_P2P
+PRE_COPY: Final = MigrationState.PRE_COPY
+PRE_COPY_P2P: Final = MigrationState.PRE_COPY_P2P
 
-SAVING: Final = frozenset({_STOP_COPY, _PRE_COPY, _PRE_COPY_P2P})
+SAVING: Final = frozenset({STOP_COPY, PRE_COPY, PRE_COPY_P2P})
 """The states in which a device can be read from."""
 
 STOP_AND_COPY: Final = MigrationFlags.STOP_COPY
@@ -60,24 +61,24 @@ _IF_NOT_P2P: Final = frozenset({STOP_AND_COPY, VFIO_USER})
 _IF_PRE_COPY_ONLY: Final = frozenset({VFIO_USER})
 
 ARCS: Final[Mapping[Arc, frozenset[MigrationFlags]]] = {
-    (_STOP, _STOP_COPY): _ALWAYS,
-    (_STOP_COPY, _STOP): _ALWAYS,
-    (_STOP, _RESUMING): _ALWAYS,
-    (_RESUMING, _STOP): _ALWAYS,
-    (_RUNNING, _STOP): _IF_NOT_P2P,
-    (_STOP, _RUNNING): _IF_NOT_P2P,
-    (_RUNNING, _RUNNING_P2P): _IF_P2P,
-    (_RUNNING_P2P, _RUNNING): _IF_P2P,
-    (_RUNNING_P2P, _STOP): _IF_P2P,
-    (_STOP, _RUNNING_P2P): _IF_P2P,
-    (_RUNNING, _PRE_COPY): _IF_PRE_COPY,
-    (_PRE_COPY, _RUNNING): _IF_PRE_COPY,
-    (_PRE_COPY, _STOP_COPY): _IF_PRE_COPY_ONLY,
-    (_PRE_COPY, _PRE_COPY_P2P): _IF_BOTH,
-    (_PRE_COPY_P2P, _PRE_COPY): _IF_BOTH,
-    (_RUNNING_P2P, _PRE_COPY_P2P): _IF_BOTH,
-    (_PRE_COPY_P2P, _RUNNING_P2P): _IF_BOTH,
-    (_PRE_COPY_P2P, _STOP_COPY): _IF_BOTH,
+    (STOP, STOP_COPY): _ALWAYS,
+    (STOP_COPY, STOP): _ALWAYS,
+    (STOP, RESUMING): _ALWAYS,
+    (RESUMING, STOP): _ALWAYS,
+    (RUNNING, STOP): _IF_NOT_P2P,
+    (STOP, RUNNING): _IF_NOT_P2P,
+    (RUNNING, RUNNING_P2P): _IF_P2P,
+    (RUNNING_P2P, RUNNING): _IF_P2P,
+    (RUNNING_P2P, STOP): _IF_P2P,
+    (STOP, RUNNING_P2P): _IF_P2P,
+    (RUNNING, PRE_COPY): _IF_PRE_COPY,
+    (PRE_COPY, RUNNING): _IF_PRE_COPY,
+    (PRE_COPY, STOP_COPY): _IF_PRE_COPY_ONLY,
+    (PRE_COPY, PRE_COPY_P2P): _IF_BOTH,
+    (PRE_COPY_P2P, PRE_COPY): _IF_BOTH,
+    (RUNNING_P2P, PRE_COPY_P2P): _IF_BOTH,
+    (PRE_COPY_P2P, RUNNING_P2P): _IF_BOTH,
+    (PRE_COPY_P2P, STOP_COPY): _IF_BOTH,
 }
 """Every single arc, and the options with which it is one."""
 
@@ -100,7 +101,7 @@ def supported_states(options: MigrationFlags) -> frozenset[MigrationState]:
 
 
 def _why_not(current: MigrationState, wanted: int, options: MigrationFlags) -> str:
-    if current == _ERROR:
+    if current == ERROR:
         return "the device is in state ERROR, which only a reset ends"
     states = supported_states(options)
     if wanted not in states:
