@@ -31,6 +31,7 @@ SANS_IO: Final = (
     "migration.stream_facts",
     "migration.private_record",
     "migration.precopy",
+    "migration.preflight",
     "memory.bitmap",
     "memory.dirty_log",
 )

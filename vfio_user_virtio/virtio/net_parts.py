@@ -233,8 +233,15 @@ def decode_value_untrusted(part: Part) -> PartValue:
     """The value of any part of a virtio-net device; that of a part which is not defined, and of a
     control command that no part may carry, is the bytes as they are.  Raises PartsError."""
     control = part.header.control if part.type == PartType.CVQ_CFG else None
-    decode = _DECODERS.get(part.type) if control is None else _CONTROL_DECODERS[control]
+    if control is not None:
+        return decode_control_untrusted(control, part)
+    decode = _DECODERS.get(part.type)
     return part.value if decode is None else decode(part)
+
+
+def decode_control_untrusted(command: ControlCommand, part: Part) -> ControlValue:
+    """The value of a CVQ_CFG part, which is of `command`.  Raises PartsError."""
+    return _CONTROL_DECODERS[command](part)
 
 
 _DECODERS: Final[Mapping[int, Callable[[Part], PartValue]]] = {

@@ -12,12 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
-from vfio_user_virtio.virtio.features import Feature
 from vfio_user_virtio.virtio.net_parts import (
     MacTable,
-    decode_mac_table_untrusted,
-    decode_value_untrusted,
-    decode_vlans_untrusted,
     mac_addr_part,
     mac_table_part,
     rx_part,
@@ -25,11 +21,13 @@ from vfio_user_virtio.virtio.net_parts import (
     vq_pairs_part,
 )
 from vfio_user_virtio.virtio.part_header import ControlCommand
+from vfio_user_virtio.virtio.parts_fit import CONTROL_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vfio_user_virtio.virtio.net_control import NetState
+    from vfio_user_virtio.virtio.net_parts import ControlValue
     from vfio_user_virtio.virtio.parts import Part
     from vfio_user_virtio.virtio.rx_filter import FilterState
 
@@ -42,23 +40,6 @@ _SWITCHES: Final[Mapping[ControlCommand, str]] = {
     ControlCommand.RX_NOBCAST: "nobcast",
 }
 
-_NEEDS: Final[Mapping[ControlCommand, Feature]] = {
-    ControlCommand.RX_PROMISC: Feature.CTRL_RX,
-    ControlCommand.RX_ALLMULTI: Feature.CTRL_RX,
-    ControlCommand.RX_ALLUNI: Feature.CTRL_RX_EXTRA,
-    ControlCommand.RX_NOMULTI: Feature.CTRL_RX_EXTRA,
-    ControlCommand.RX_NOUNI: Feature.CTRL_RX_EXTRA,
-    ControlCommand.RX_NOBCAST: Feature.CTRL_RX_EXTRA,
-    ControlCommand.MAC_TABLE_SET: Feature.CTRL_RX,
-    ControlCommand.MAC_ADDR_SET: Feature.CTRL_MAC_ADDR,
-    ControlCommand.VLAN_ADD: Feature.CTRL_VLAN,
-    ControlCommand.ANNOUNCE_ACK: Feature.GUEST_ANNOUNCE,
-    ControlCommand.MQ_VQ_PAIRS_SET: Feature.MQ,
-    ControlCommand.MQ_RSS_CONFIG: Feature.RSS,
-    ControlCommand.MQ_HASH_CONFIG: Feature.HASH_REPORT,
-}
-"""The feature that each command needs, in the order of the parts."""
-
 _TOO_LONG: Final = limits.MAX_MAC_TABLE + 1
 _PLACEHOLDERS: Final = tuple(b"\x02\0\0\0" + n.to_bytes(2, "big") for n in range(_TOO_LONG))
 _GROUP_PLACEHOLDERS: Final = tuple(b"\x03\0\0\0" + n.to_bytes(2, "big") for n in range(_TOO_LONG))
@@ -68,47 +49,27 @@ def control_parts(offered: int, net: NetState) -> list[Part]:
     """The CVQ_CFG parts of a member that offers `offered`, in their order."""
     return [
         _part(command, net)
-        for command, feature in _NEEDS.items()
+        for command, feature in CONTROL_FEATURES.items()
         if offered >> feature & 1 and command is not ControlCommand.ANNOUNCE_ACK
     ]
 
 
-def put_control_part_untrusted(offered: int, net: NetState, part: Part) -> None:
-    """Change `net` as a CVQ_CFG part says.  Raises PartsError, having changed nothing."""
-    command = part.header.control
-    if command is None:
-        raise part.refuse("no control command that a part may carry has this number")
-    feature = _NEEDS[command]
-    if not offered >> feature & 1:
-        raise part.refuse(f"this device does not offer {feature.name}")
-    if len(part.value) > limits.MAX_CONTROL_SIZE:
-        raise part.refuse(
-            f"its value has {len(part.value)} bytes; a control command has at most "
-            f"{limits.MAX_CONTROL_SIZE}"
-        )
-    if command is ControlCommand.MAC_TABLE_SET:
-        table = decode_mac_table_untrusted(part)
-        net.filter.set_tables(list(table.unicast), list(table.multicast))
-    elif command is ControlCommand.VLAN_ADD:
-        net.filter.vlans = set(decode_vlans_untrusted(part))
-    else:
-        _put_scalar(net, command, part)
-
-
-def _put_scalar(net: NetState, command: ControlCommand, part: Part) -> None:
-    value = decode_value_untrusted(part)
-    if isinstance(value, bytes):
+def put_control_part(net: NetState, command: ControlCommand, value: ControlValue) -> None:
+    """Change `net` as a CVQ_CFG part of `command` says, whose value fits."""
+    if isinstance(value, MacTable):
+        net.filter.set_tables(list(value.unicast), list(value.multicast))
+    elif isinstance(value, frozenset):
+        net.filter.vlans = set(value)
+    elif isinstance(value, bytes):
         if command is ControlCommand.MAC_ADDR_SET:
             net.filter.mac = value
         else:
             net.announce = False
     elif isinstance(value, int):
-        if command is not ControlCommand.MQ_VQ_PAIRS_SET:
-            setattr(net.filter, _SWITCHES[command], bool(value))
-        elif 1 <= value <= net.max_queue_pairs:
+        if command is ControlCommand.MQ_VQ_PAIRS_SET:
             net.queue_pairs = value
         else:
-            raise part.refuse(f"{value} queue pairs; this device has 1 to {net.max_queue_pairs}")
+            setattr(net.filter, _SWITCHES[command], bool(value))
 
 
 def _part(command: ControlCommand, net: NetState) -> Part:
