@@ -81,7 +81,7 @@ async def serving(service: SlowService, done: Callable[[], bool]) -> None:
 
 def service_of(failed: list[DriverError], interrupts: list[int] | None = None) -> SlowService:
     heard = [] if interrupts is None else interrupts
-    return SlowService(heard.append, lambda: None, failed.append)
+    return SlowService(heard.append, lambda: None, failed.append, lambda: 0)
 
 
 async def test_a_driver_that_sends_without_end_lets_others_have_their_turn() -> None:

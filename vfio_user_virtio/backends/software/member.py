@@ -12,8 +12,9 @@ a client that vanished, but whose memory the next client brings nobody knows: it
 a kick shows that the driver is still the same, or the device has been reset.
 
 What a driver does wrong ends in DEVICE_NEEDS_RESET and one line in the log.  One thing is not held
-against it: memory that is missing when a frame comes in from outside.  QEMU re-maps guest RAM in
-steps, and between two of them a ring may be nowhere; the queues then pause until the next mapping.
+against it: memory that is missing when a frame comes in from outside, or that goes while messages
+to it are under way.  QEMU re-maps guest RAM in steps, and between two of them a ring may be
+nowhere; the queues then pause until the next mapping.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ class Member:
 
     async def dma_map(self, mapping: DmaMapping) -> None:
         self.memory.map(mapping)
+        self._queues.slow.mapped()
         if self.running and not self._queues.open:
             self._again = self._queues.all_kicked()
 
@@ -218,6 +220,8 @@ class Member:
             self.update_running()
         if not self.running or not (kicked or again):
             return
+        if kicked:
+            self._queues.slow.notified()
         try:
             self._run(kicked | again)
         except DriverError as error:

@@ -72,7 +72,9 @@ class Queues:
         self.send_mask = 0
         self._too_long = 0
         self._invalid = 0
-        self.slow = SlowService(self._interrupt, member.sent, member.slow_failed)
+        self.slow = SlowService(
+            self._interrupt, member.sent, member.slow_failed, lambda: member.memory.generation
+        )
         self._positions: dict[int, Position] = {}
         self._unplaced: set[int] = set()
         self._held: dict[int, list[bytes]] = {}

@@ -9,6 +9,11 @@ A pass over one queue is short (`TURN`), the member's queues take turns, and bet
 other tasks have theirs: memory that is mapped, though in pieces, makes nobody wait by itself.  When
 a client does not answer, the queue goes back to what it has published and tries again later.
 
+QEMU re-maps guest memory in steps, and between two of them a ring may be nowhere.  So a pass that
+fails says nothing of the driver unless the driver has notified since guest memory was last changed:
+otherwise the queue tries again if memory changed during the pass, and waits for the next mapping if
+not.  That is how a member with mapped memory has it, too.
+
 The rules of the ring are those of `virtio.slow_queue`; what is done with the frames is the same as
 in `receiver` and `transmitter`, whose interfaces the classes here share as far as they are called
 from the switch's side.
@@ -251,10 +256,17 @@ class SlowService:
         interrupt: Callable[[int], None],
         sent: Callable[[], None],
         failed: Callable[[DriverError], None],
+        generation: Callable[[], int],
     ) -> None:
         self._interrupt = interrupt
         self._sent = sent
         self._failed = failed
+        self._generation = generation
+        """Changes with each mapping and unmapping (`GuestMemory.generation`)."""
+        self._notified = -1
+        """The generation in which the driver last notified."""
+        self._waiting: set[int] = set()
+        """Queues that wait for memory to be mapped."""
         self._workers: dict[int, SlowWorker] = {}
         self._kicked: set[int] = set()
         self._wake = trio.Event()
@@ -273,12 +285,23 @@ class SlowService:
         self._kicked.add(index)
         self._wake.set()
 
+    def notified(self) -> None:
+        """The driver has notified, so its rings and buffers have to be where it says."""
+        self._notified = self._generation()
+
+    def mapped(self) -> None:
+        """More of guest memory is there."""
+        for index in self._waiting:
+            self.kick(index)
+        self._waiting.clear()
+
     def stop(self) -> None:
         """Forget all queues; an access that is under way ends with nothing written after it."""
         for worker in self._workers.values():
             worker.queue.stop()
         self._workers.clear()
         self._kicked.clear()
+        self._waiting.clear()
 
     @property
     def idle(self) -> bool:
@@ -350,6 +373,7 @@ class SlowService:
         return index
 
     async def _serve(self, index: int, worker: SlowWorker) -> None:
+        generation = self._generation()
         try:
             await worker.queue.resume()
             more = await worker.run()
@@ -362,10 +386,15 @@ class SlowService:
                 _log.info("queue %d waits: guest memory is out of reach: %s", index, lost)
             self._out_of_reach = True
             self.kick(index)
-        except DriverError as error:
-            self._failed(error)
-        except RemoteError as error:
-            self._failed(DriverError(f"guest memory without an fd could not be reached: {error}"))
+        except (DriverError, RemoteError) as error:
+            if self._generation() != generation:
+                self.kick(index)
+            elif self._notified != generation:
+                self._waiting.add(index)
+            elif isinstance(error, DriverError):
+                self._failed(error)
+            else:
+                self._failed(DriverError(f"guest memory without an fd is out of reach: {error}"))
         else:
             if more:
                 self.kick(index)
