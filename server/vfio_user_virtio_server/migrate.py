@@ -3,7 +3,11 @@
 It is the client of both servers for as long as it takes.  A device serves one client, so one that a
 VM uses cannot be migrated this way: this is for trying a pair of servers, for measurements, and a
 model for tools that own the sockets (`transport.device_migration` does the work).  Guest memory is
-not moved, and when the command ends so do both sessions.
+not moved, and when the command ends so do both sessions; the state stays in the target's member,
+for its next client.
+
+A target that would refuse what the source has is found out beforehand, as far as the two images
+tell (`migration.preflight`): the names are in the error, and the source runs on.
 
 Ctrl-C and SIGTERM cancel: the target is reset, the source runs on.  Once the target runs it is too
 late for that.
@@ -27,6 +31,7 @@ import attrs
 import trio
 
 from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
+from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio.transport.client import connect_socket
 from vfio_user_virtio.transport.device_migration import ANSWER_SECONDS, Migration
@@ -50,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Move the state of a device from one server to another and say how long each phase took. "
         "Guest memory is not moved.  Both devices must be free: a device serves one client, so one "
-        "that a VM uses cannot be migrated this way."
+        "that a VM uses cannot be migrated this way.  The state stays in the target's member for "
+        "its next client, until one resets it.  Devices that do not fit are refused by name, and "
+        "the source runs on."
     )
     for option, what in (("--from-socket", "source"), ("--to-socket", "target")):
         parser.add_argument(
@@ -160,6 +167,7 @@ class Attempt:
                 answer_seconds=options.timeout,
                 on_data=_saver(options.image, stack),
                 on_progress=progress.show,
+                preflight=Preflight(),
             )
             # Not the sessions as well: the way back needs them.
             with trio.CancelScope() as self._cancellable:
@@ -270,6 +278,7 @@ def lines(options: argparse.Namespace, done: Migration) -> Iterator[str]:
     for side, options_of in (("source", done.source_options), ("target", done.target_options)):
         yield f"    The {side} offers {' '.join(_names(options_of))}"
     yield f"    The target runs, the source is in {_state(done)}; guest memory was not moved"
+    yield "    The state stays in the target's member for its next client, until one resets it"
 
 
 def _state(migration: Migration) -> str:

@@ -51,12 +51,18 @@ def stream(made: MemberConfig, **registers: object) -> bytes:
     return encode_image(encode_parts(parts_of(made, state_of(made, **registers))))
 
 
-def refusal(source: bytes, target: bytes, *, vectors: int = 2048) -> str | None:
+def flight_to(target: bytes, vectors: int | None = None) -> Preflight:
+    flight = Preflight()
+    flight.target_saves_untrusted(target, vectors)
+    return flight
+
+
+def refusal(source: bytes, target: bytes, *, vectors: int | None = None) -> str | None:
     """What is said of a stream that comes in pieces."""
-    flight = Preflight(target, vectors)
+    flight = flight_to(target, vectors)
     try:
         for start in range(0, len(source), 100):
-            flight.feed_untrusted(source[start : start + 100])
+            flight.source_saves_untrusted(source[start : start + 100])
     except HostError as error:
         return str(error)
     return None
@@ -66,13 +72,13 @@ def test_a_target_like_the_source() -> None:
     made = config(queue_pairs=4, mtu=9000)
     running = stream(made, driver_features=made.offered, status=0x0F)
     assert refusal(running, stream(made), vectors=made.num_vectors) is None
-    assert Preflight(stream(made), made.num_vectors).shape == shape_of(made)
+    assert flight_to(stream(made), made.num_vectors).shape == shape_of(made)
 
 
 def test_it_is_a_matter_of_configuration() -> None:
-    flight = Preflight(stream(config()))
+    flight = flight_to(stream(config()))
     with pytest.raises(HostError) as caught:
-        flight.feed_untrusted(stream(config(mtu=1500)))
+        flight.source_saves_untrusted(stream(config(mtu=1500)))
     assert caught.value.exit_code == os.EX_CONFIG
 
 
@@ -127,7 +133,7 @@ def test_every_image_is_looked_at() -> None:
     ],
 )
 def test_targets_that_cannot_be_read_judge_for_themselves(target: bytes) -> None:
-    assert Preflight(target).shape is None
+    assert flight_to(target).shape is None
     assert refusal(stream(config()), target) is None
 
 

@@ -104,6 +104,7 @@ def test_reports_and_the_image(tmp_path: Path) -> None:
             "    The source offers STOP_COPY P2P PRE_COPY",
             "    The target offers STOP_COPY P2P PRE_COPY",
             "    The target runs, the source is in STOP; guest memory was not moved",
+            "    The state stays in the target's member for its next client, until one resets it",
         ]
         assert both.mac_of_target() == MAC_A
 
@@ -178,14 +179,29 @@ def test_progress_on_a_terminal() -> None:
     assert "\n" not in shown
 
 
-def test_what_does_not_fit_is_refused_and_the_source_runs_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precopy", [(), ("--no-precopy",)], ids=["pre-copy", "stop-copy"])
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, precopy: tuple[str, ...]) -> None:
     with two(target_pairs=2) as both:
-        line = explained(os.EX_IOERR, *both.arguments, "--image", tmp_path / "s")
-        assert "the target refuses MIG_DATA_WRITE of " in line
-        assert line.endswith("Invalid argument; the source runs on")
-        wait_for_log(both.source, "RUNNING")
+        line = explained(os.EX_CONFIG, *both.arguments, *precopy, "--image", tmp_path / "s")
+        assert "the target would refuse what the source has, with: DEV_FEATURES" in line
+        assert ": only this device offers MQ; configure source and target with the same" in line
+        assert "PCI_COMMON_CFG num_queues" in line
+        assert line.endswith("the source runs on")
         assert both.mac_of_target() == MAC_B
-    assert run("image", "show", tmp_path / "s").returncode == 0, "as far as it came"
+        both.source.process.send_signal(signal.SIGTERM)
+        _, log = both.source.process.communicate(timeout=SECONDS)
+        assert "PRE_COPY" in log
+        assert "stopped" not in log
+    if not precopy:
+        assert run("image", "show", tmp_path / "s").returncode == 0, "as far as it came"
+
+
+def test_the_state_stays_for_the_next_client() -> None:
+    with two() as both:
+        result = run(*both.arguments)
+        last = result.stdout.splitlines()[-1]
+        assert last.endswith("in the target's member for its next client, until one resets it")
+        assert both.mac_of_target() == MAC_A
 
 
 def test_files_that_cannot_be_written() -> None:
@@ -259,6 +275,7 @@ def test_help_says_what_it_is_not() -> None:
     text = " ".join(run("migrate", "--help").stdout.split())
     assert "Guest memory is not moved." in text
     assert "one that a VM uses cannot be migrated this way" in text
+    assert "The state stays in the target's member for its next client" in text
 
 
 def test_a_server_without_p2p_migrates_with_one_that_has_it() -> None:

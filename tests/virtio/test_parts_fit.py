@@ -139,7 +139,7 @@ def test_values_are_given() -> None:
     assert SHAPE.vq_cfg_untrusted(vq_cfg_part(2, queue(64))) == queue(64)
     assert SHAPE.control_untrusted(vlan_part((9,))) == frozenset({9})
     assert SHAPE.control_untrusted(vq_pairs_part(2)) == 2
-    assert decode_control_untrusted(ControlCommand.VLAN_ADD, vlan_part((9,))) == {9}
+    assert decode_control_untrusted(ControlCommand.VLAN_ADD, vlan_part((9,))) == frozenset({9})
 
 
 def test_each_command_of_a_part_needs_a_feature() -> None:

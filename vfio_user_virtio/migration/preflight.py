@@ -39,33 +39,40 @@ those can be hundreds."""
 
 
 class Preflight:
-    """What a target with `num_vectors` MSI-X vectors would refuse, whose own stream `target` is.
+    """What the target of one migration would refuse; it is told of both ends as they save.
 
-    `shape`: what is known of it, or None, and then everything passes.
+    `shape`: what is known of the target.  As long as that is None, everything passes.
     """
 
-    def __init__(self, target: Buffer, num_vectors: int = MAX_VECTORS) -> None:
+    def __init__(self) -> None:
         self.shape: DeviceShape | None = None
+        self._target = StreamDecoder()
+        self._source = StreamDecoder()
+
+    def target_saves_untrusted(self, data: Buffer, num_vectors: int | None = None) -> None:
+        """The next bytes of what the target saves of itself; how many MSI-X vectors it has, None if
+        that is unknown."""
+        if num_vectors is None:
+            num_vectors = MAX_VECTORS
         try:
-            for image in _images_untrusted(StreamDecoder(), target):
+            for image in _images_untrusted(self._target, data):
                 self.shape = shape_of_untrusted(image, num_vectors)
         except ClientError:
             self.shape = None
-        self._decoder: StreamDecoder | None = StreamDecoder()
 
-    def feed_untrusted(self, data: Buffer) -> None:
+    def source_saves_untrusted(self, data: Buffer) -> None:
         """Look at the next bytes of the source's stream, before the target gets them.
 
         Raises HostError (EX_CONFIG) with the names of what does not fit.
         """
-        if self.shape is None or self._decoder is None:
+        if self.shape is None:
             return
         try:
-            for image in _images_untrusted(self._decoder, data):
+            for image in _images_untrusted(self._source, data):
                 if misfits := misfits_untrusted(self.shape, image):
                     raise HostError(_refusal(misfits), exit_code=os.EX_CONFIG)
         except ClientError:
-            self._decoder = None
+            self.shape = None
 
 
 def _images_untrusted(decoder: StreamDecoder, data: Buffer) -> Iterator[list[Part]]:

@@ -12,6 +12,11 @@ the target reset and the source running; the step from which there is no way bac
 target, cannot be cancelled.  Where it stays open whether the target runs, the source stays stopped:
 two running devices of one guest are worse than none.
 
+A server refuses a stream with an errno and no more.  So a `Preflight` may be given what the target
+saves of itself, and then each piece of the source's stream before the target gets it, to say what
+does not fit.  If there will be no PRE_COPY, a source that has it is asked for one image beforehand,
+so that it is not stopped in vain.  A migration that is refused then has not touched either device.
+
 States are asked for one by one, the P2P ones where a server has them, so that each refusal names
 the step.  Source: vfio-user, Device Migration; linux/vfio.h, enum vfio_device_mig_state.
 """
@@ -21,12 +26,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import attrs
 import trio
 
-from vfio_user_virtio.device import FeatureOperation
+from vfio_user_virtio.device import FeatureOperation, VfioIrq
 from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
 from vfio_user_virtio.protocol.feature import Feature
 from vfio_user_virtio.protocol.migration import (
@@ -42,6 +47,7 @@ from vfio_user_virtio.protocol.migration import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from vfio_user_virtio.protocol.header import Buffer
     from vfio_user_virtio.transport.client import Client
 
 _T = TypeVar("_T")
@@ -74,6 +80,18 @@ class Phase:
     byte_count: int = 0
 
 
+class Preflight(Protocol):
+    """Who looks at both streams beforehand; what it raises ends the migration."""
+
+    def target_saves_untrusted(self, data: Buffer, num_vectors: int | None) -> None:
+        """The next bytes of what the target saves of itself; its MSI-X vectors, None if unknown."""
+        ...
+
+    def source_saves_untrusted(self, data: Buffer) -> None:
+        """The next bytes of the source's stream; an image asked for beforehand is a part of it."""
+        ...
+
+
 @attrs.define
 class Migration:
     """One migration of a device; `run` it once.
@@ -81,7 +99,8 @@ class Migration:
     `precopy`: save while the source still runs, if both servers can.  `rounds`: how often to look
     for more in PRE_COPY after the first image.  `keep_source`: let the source run in the end, which
     otherwise stays in STOP.  `on_data` is given every piece of the stream, `on_progress` is called
-    whenever `phases` has changed; what they raise ends the migration.
+    whenever `phases` has changed; what they raise ends the migration.  `preflight`: see the module
+    head; without one the target is the only judge.
     """
 
     source: Client
@@ -92,6 +111,7 @@ class Migration:
     answer_seconds: float = ANSWER_SECONDS
     on_data: Callable[[bytes], None] = lambda _: None
     on_progress: Callable[[Migration], None] = lambda _: None
+    preflight: Preflight | None = None
 
     phases: list[Phase] = attrs.field(init=False, factory=list)
     source_options: MigrationFlags = attrs.field(init=False, default=MigrationFlags(0))
@@ -147,7 +167,35 @@ class Migration:
             self.target_options = await self._options_of(self.target)
             both = self.source_options & self.target_options
             self.precopy = self.precopy and MigrationFlags.PRE_COPY in both
+            if self.preflight is not None:
+                await self._look_ahead(self.preflight)
             await self._set(self.target, MigrationState.RESUMING)
+
+    async def _look_ahead(self, preflight: Preflight) -> None:
+        vectors = await self._vectors_of(self.target)
+        await self._save_for(
+            lambda data: preflight.target_saves_untrusted(data, vectors),
+            self.target,
+            MigrationState.STOP_COPY,
+        )
+        self._target_asked = False
+        if not self.precopy and MigrationFlags.PRE_COPY in self.source_options:
+            await self._save_for(
+                preflight.source_saves_untrusted, self.source, MigrationState.PRE_COPY
+            )
+
+    async def _save_for(
+        self, take: Callable[[Buffer], None], client: Client, state: MigrationState
+    ) -> None:
+        """Let a device save itself in `state`, and then run as before."""
+        size = client.version.capabilities.max_data_xfer_size
+        await self._set(client, state)
+        more = True
+        while more:
+            data = await self._ask(client, "MIG_DATA_READ", client.migration_read(size))
+            more = len(data) == size
+            take(data)
+        await self._set(client, MigrationState.RUNNING)
 
     async def _pre_copy(self) -> None:
         with self._phase(_PRE_COPY):
@@ -223,12 +271,23 @@ class Migration:
             more = len(data) == size
             if data:
                 self.on_data(data)
+                if self.preflight is not None:
+                    self.preflight.source_saves_untrusted(data)
                 write = self.target.migration_write(data)
                 await self._ask(self.target, f"MIG_DATA_WRITE of {len(data)} bytes", write)
                 self.phases[-1].byte_count += len(data)
                 self.on_progress(self)
 
     # --- requests ------------------------------------------------------------------------------
+
+    async def _vectors_of(self, client: Client) -> int | None:
+        try:
+            info = await self._ask(client, "DEVICE_GET_IRQ_INFO", client.irq_info(VfioIrq.MSIX))
+        except RemoteError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            return None
+        return info.count
 
     async def _options_of(self, client: Client) -> MigrationFlags:
         get = FeatureOperation.GET
