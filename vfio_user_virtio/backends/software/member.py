@@ -115,6 +115,8 @@ class Member:
         """The driver was ready in an earlier session, and has not been heard of in this one."""
         self._kicked = 0
         self._again = 0
+        self._turn = 0
+        """The queue that is run first, so that whoever fills the wire is not the first next time."""
         self._wake = trio.Event()
         self._driver_errors = 0
         self._lines_left = limits.MAX_GUEST_LOG_LINES
@@ -411,12 +413,19 @@ class Member:
             return
         if kicked & queues.receive_mask:
             self._switch.writable(self)
-        while kicked:
-            lowest = kicked & -kicked
-            kicked ^= lowest
-            if queues.run(lowest.bit_length() - 1, limits.WORK_BUDGET) is Outcome.MORE:
-                self._again |= lowest
-                self._wake.set()
+        blocked = False
+        for turn in (kicked >> self._turn << self._turn, kicked & (1 << self._turn) - 1):
+            while turn:
+                lowest = turn & -turn
+                turn ^= lowest
+                index = lowest.bit_length() - 1
+                outcome = queues.run(index, limits.WORK_BUDGET)
+                if outcome is Outcome.MORE:
+                    self._again |= lowest
+                    self._wake.set()
+                elif outcome is Outcome.BLOCKED and not blocked:
+                    blocked = True
+                    self._turn = index + 1
 
     def _memory_released(self, start: int, end: int) -> None:
         self._queues.memory_released(start, end)
