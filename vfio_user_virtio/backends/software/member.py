@@ -116,7 +116,7 @@ class Member:
         self._kicked = 0
         self._again = 0
         self._turn = 0
-        """The queue that is run first, so that whoever fills the wire is not the first next time."""
+        """The queue that is run first, so that whoever has filled the wire is the last."""
         self._wake = trio.Event()
         self._driver_errors = 0
         self._lines_left = limits.MAX_GUEST_LOG_LINES
