@@ -175,9 +175,9 @@ MAX_DIRTY_CHUNKS: Final = 131_072
 """Chunks of 8,192 pages that a dirty log keeps: 4 TiB (`MAX_MAPPED_BYTES`) in pages of 4 KiB, in
 144 MiB of memory.  A guest can spread its writes wider only with a vIOMMU."""
 
-STOP_SECONDS: Final = 1.0
-"""How long a member that is being stopped waits for accesses to guest memory that are under way;
-a client that answers no DMA_READ must not hold up its own migration for longer."""
+STOP_SECONDS: Final = 0.2
+"""How long a member that is being stopped waits for accesses to guest memory that are under way.
+QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still meanwhile."""
 
 # --- administration commands --------------------------------------------------------------------
 

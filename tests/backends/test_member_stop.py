@@ -19,21 +19,8 @@ from tests.backends.member_rig import (
     receive,
     until,
 )
-from vfio_user_virtio import limits
-from vfio_user_virtio.backends.software.administration import Administration
-from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.migration.private_record import PrivateState
 from vfio_user_virtio.testing.virtio_pci import Register
-from vfio_user_virtio.virtio import admin_commands as commands
-from vfio_user_virtio.virtio.admin import (
-    Answer,
-    GroupType,
-    Opcode,
-    Qualifier,
-    Status,
-    decode_answer_untrusted,
-    encode_command,
-)
 from vfio_user_virtio.virtio.features import Feature
 from vfio_user_virtio.virtio.net_config import NetStatus
 from vfio_user_virtio.virtio.net_parts import vlan_part
@@ -385,32 +372,6 @@ async def test_stop_waits_for_an_access_that_is_under_way() -> None:
             stalled.gate.set()
         assert done == [True]
         a.member.mode.resume()
-        await ping_pong(da, db)
-
-
-async def test_a_client_that_never_answers_is_not_stopped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(limits, "STOP_SECONDS", 0.02)
-    async with guests(*configs(MAC_A, MAC_B), remote=True) as (a, b):
-        da, db = a.driver(), b.driver()
-        stalled = StalledAccess(a)
-        a.member._queues.access = stalled  # type: ignore[assignment]  # has what is used of it
-        await db.start()
-        await da.start()
-        await until(lambda: stalled.waiting)
-        owner = Owner("the same")
-        owner.members[1] = a.member
-        device = Administration(owner)
-        use = commands.list_use(GroupType.SR_IOV, (Opcode.DEV_MODE_SET,))
-        assert await device.execute(encode_command(use), 8) == bytes(8)
-        stop = encode_command(commands.mode_set(1, stopped=True))
-        answer = decode_answer_untrusted(await device.execute(stop, 8))
-        assert answer == Answer(Status.EAGAIN, Qualifier.TRYAGAIN)
-        assert not a.member.mode.stopped
-        assert not a.member.mode.stopping
-        assert a.member.up
-        stalled.gate.set()
         await ping_pong(da, db)
 
 

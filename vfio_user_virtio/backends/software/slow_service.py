@@ -274,6 +274,8 @@ class SlowService:
         self._out_of_reach = False
         self._serving = False
         self._idle = trio.Event()
+        self._pass = trio.CancelScope()
+        """What is being done for one queue just now."""
 
     def add(self, index: int, worker: SlowWorker) -> None:
         """Serve a queue from now on."""
@@ -296,7 +298,8 @@ class SlowService:
         self._waiting.clear()
 
     def stop(self) -> None:
-        """Forget all queues; an access that is under way ends with nothing written after it."""
+        """Forget all queues, and end the access that is under way; nothing is written after it."""
+        self._pass.cancel()
         for worker in self._workers.values():
             worker.queue.stop()
         self._workers.clear()
@@ -308,18 +311,24 @@ class SlowService:
         """Whether no queue is served, and no access to guest memory is under way."""
         return not self._workers and not self._serving
 
-    async def quiesce(self, seconds: float) -> bool:
+    async def quiesce(self, seconds: float) -> None:
         """Take no more from the rings, and wait until no access to guest memory is under way.
 
         Frames that wait for the driver are delivered first, as far as it has room and half of the
-        time allows.  False: an access takes longer than `seconds`.  Then, and after a cancellation,
-        all queues go on as before.
+        time allows.  What is not done within `seconds` is for `stop` to end, which has to follow:
+        the client may answer no access before it has the answer that it waits for, as QEMU does.
+        After a cancellation all queues go on as before.
+
+        What is ended leaves the ring where its used index says, whether the client carries the
+        last access out or not: that index is the last thing that is written for a chain.  A chain
+        that was not finished is there for the taking, so that at worst its frame is sent twice, or
+        its command is carried out twice (none minds); a frame that was being received may be lost.
         """
         for index, worker in self._workers.items():
             if not isinstance(worker, SlowReceiver):
                 worker.queue.finish()
                 self._kicked.discard(index)
-        idle = False
+        done = False
         try:
             with trio.move_on_after(seconds / 2):
                 await self._until_idle()
@@ -328,11 +337,10 @@ class SlowService:
             self._kicked.clear()
             with trio.move_on_after(seconds / 2):
                 await self._until_idle()
-            idle = not self._serving
+            done = True
         finally:
-            if not idle:
+            if not done:
                 self._go_on()
-        return idle
 
     def _go_on(self) -> None:
         for index, worker in self._workers.items():
@@ -355,7 +363,8 @@ class SlowService:
                 if worker is not None:
                     self._serving = True
                     try:
-                        await self._serve(index, worker)
+                        with trio.CancelScope() as self._pass:
+                            await self._serve(index, worker)
                     finally:
                         self._serving = False
                         self._idle.set()

@@ -3,8 +3,8 @@ DEV_MODE_SET).
 
 A member that is stopped touches no guest memory and sends no interrupt.  It goes on answering its
 registers, notes kicks, and takes parts, which wait here (`staged`) until it is let run.  `stop`
-first finishes what was taken from the rings, so that each queue stands where its used index in
-guest memory says: no part carries a position, and `resume` reads them from there.
+first finishes what was taken from the rings, or puts it back, so that each queue stands where its
+used index in guest memory says: no part carries a position, and `resume` reads them from there.
 
 `resume` cannot know which interrupts the driver has missed, here or where the state came from, so
 it sends one for each queue and one for the configuration.  A member that goes on with the state of
@@ -65,31 +65,32 @@ class StoppedMode:
     async def stop(self) -> bool:
         """Enter STOPPED mode; True at once if that has been done.
 
-        False: an access to guest memory takes too long (`limits.STOP_SECONDS`), or another `stop`
-        is under way; the member runs on.
+        It takes `limits.STOP_SECONDS` if accesses to guest memory are under way that the client
+        does not answer.  False: another `stop` is under way.
         """
         if self.stopped or self.stopping:
             return self.stopped
-        if self._queues.settle() or await self._quiesced():
-            self.stopped = True
-            self._member.flush()
-            self._member.update_running()
-            _log.info("%s: stopped", self._member.name)
-        return self.stopped
+        if not self._queues.settle():
+            await self._quiesce()
+        self.stopped = True
+        self._member.flush()
+        self._member.update_running()
+        _log.info("%s: stopped", self._member.name)
+        return True
 
-    async def _quiesced(self) -> bool:
+    async def _quiesce(self) -> None:
         member = self._member
         quiet = False
         self.stopping = True
         member.paused()
         try:
-            quiet = await self._queues.slow.quiesce(limits.STOP_SECONDS)
+            await self._queues.slow.quiesce(limits.STOP_SECONDS)
+            quiet = True
         finally:
             self.stopping = False
             if not quiet:
                 member.paused()
                 member.resume()
-        return quiet
 
     def resume(self) -> None:
         """Leave STOPPED mode: what was staged takes effect.  Nothing if it is running."""
