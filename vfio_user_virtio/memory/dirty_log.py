@@ -86,6 +86,23 @@ class DirtyLog:
         else:
             self._mark_pages(page, end)
 
+    def mark_bitmap(self, iova: int, bitmap: bytes | bytearray) -> None:
+        """The device wrote the pages whose bits are set, counted from the one at `iova`.
+
+        For what hardware tells; `iova` is a multiple of the page size, and no bit of a page beyond
+        2^64 is set.
+        """
+        first, count = iova >> self._shift, 8 * len(bitmap)
+        position = 0
+        while position < count:
+            page = first + position
+            stop = min(count, position + CHUNK_PAGES - page % CHUNK_PAGES)
+            piece = int.from_bytes(bitmap[position >> 3 : stop + 7 >> 3], "little")
+            bits = piece >> (position & 7) & (1 << stop - position) - 1
+            if bits:
+                self._mark_bits(page, bits)
+            position = stop
+
     def report_and_clear(self, iova: int, length: int, page_size: int) -> bytes:
         """The bitmap of `length` bytes at `iova` in pages of `page_size` (a power of two) bytes.
 
@@ -144,15 +161,36 @@ class DirtyLog:
             number = first >> CHUNK_SHIFT
             base = number << CHUNK_SHIFT
             stop = min(end, base + CHUNK_PAGES)
-            chunk = self._chunks.get(number)
+            chunk = self._chunk(number)
             if chunk is None:
-                if len(self._chunks) >= self._max_chunks:
-                    self.overflowed = True
-                    self._chunks.clear()
-                    return
-                chunk = self._chunks[number] = bytearray(_CHUNK_SIZE)
+                return
             set_bits(chunk, first - base, stop - base)
             first = stop
+
+    def _mark_bits(self, page: int, bits: int) -> None:
+        """Mark pages of one chunk, those that are in a range: bit 0 is `page`, others follow."""
+        number = page >> CHUNK_SHIFT
+        end = page + bits.bit_length()
+        for index in range(max(bisect_right(self._starts, page) - 1, 0), len(self._ranges)):
+            first, last = self._ranges[index]
+            if first >= end or self.overflowed:
+                break
+            start, stop = max(first, page), min(last, end)
+            chunk = self._chunk(number) if start < stop else None
+            if chunk is not None:
+                inside = bits >> start - page & (1 << stop - start) - 1
+                or_bits(chunk, start - (number << CHUNK_SHIFT), inside)
+
+    def _chunk(self, number: int) -> bytearray | None:
+        """The chunk, made if need be; None if it cannot be, and the log has given up."""
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            if len(self._chunks) >= self._max_chunks:
+                self.overflowed = True
+                self._chunks.clear()
+                return None
+            chunk = self._chunks[number] = bytearray(_CHUNK_SIZE)
+        return chunk
 
     def _chunks_between(self, first: int, end: int) -> list[int]:
         """The numbers of the chunks that hold pages first … end - 1, in no order."""
