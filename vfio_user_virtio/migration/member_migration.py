@@ -109,6 +109,8 @@ class MemberMigration:
         self._object: int | None = None
         self._saving: SavingSession | None = None
         self._loading: StreamDecoder | None = None
+        self.half_loaded = False
+        """Something of a stream waits at the member, and takes effect when it is let run."""
 
     # --- what the client asks ------------------------------------------------------------------
 
@@ -175,6 +177,7 @@ class MemberMigration:
 
     async def device_was_reset(self) -> None:
         """The client has reset the device: whatever was going on is over, and it runs."""
+        self.half_loaded = False
         await self._abandon()
         if self.state is not RUNNING:
             _log.info("%s: RUNNING, by a reset", self._name)
@@ -189,7 +192,10 @@ class MemberMigration:
             await self._try(self._stop(), "stopping it again after a reset by the guest")
 
     async def client_is_gone(self) -> None:
-        """The session is over: end its migration, and let the device run."""
+        """The session is over: end its migration, and let the device run.
+
+        One that is `half_loaded` is to be reset first: it would run as another.
+        """
         await self.device_was_reset()
 
     async def _abandon(self) -> None:
@@ -217,7 +223,7 @@ class MemberMigration:
 
     async def _resume(self) -> None:
         await self._owner.client.execute(commands.mode_set(self._member, stopped=False))
-        self._stopped = False
+        self._stopped = self.half_loaded = False
 
     async def _begin_saving(self) -> None:
         await self._create(ObjectKind.GET)
@@ -311,6 +317,7 @@ class MemberMigration:
         return image, encode_private_record(encode_private(private))
 
     async def _load(self, record: Record) -> None:
+        self.half_loaded = True
         if record.tag == PRIVATE_TAG:
             state, notes = decode_private_untrusted(record.payload)
             for note in notes:

@@ -12,6 +12,7 @@ probed for that.  Any other answers ENOTTY, which is what newer clients take for
 from __future__ import annotations
 
 import errno
+import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vfio_user_virtio.device import FeatureOperation, ResetCause, VfioRegion
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
         RemoteMemory,
     )
     from vfio_user_virtio.migration.member_migration import MemberMigration
+
+_log: Final = logging.getLogger(__name__)
 
 _GET: Final = FeatureOperation.GET
 _SET: Final = FeatureOperation.SET
@@ -135,11 +138,21 @@ class MigratableDevice:
 
     async def release(self) -> None:
         try:
+            if self.migration.half_loaded:
+                await self._forget_stream()
             await self.migration.client_is_gone()
         finally:
             if self._logging is not None:
                 self._logging.stop_logging()
             await self._device.release()
+
+    async def _forget_stream(self) -> None:
+        """The client has gone before the device ran with what came: as another device, it would
+        write to that one's memory, and tell the network that its guest is here."""
+        try:
+            await self._device.reset(ResetCause.CLIENT)
+        except ClientError as error:
+            _log.warning("the device cannot be reset after half a migration: %s", error)
 
     # --- all else ------------------------------------------------------------------------------
 
