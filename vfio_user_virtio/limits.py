@@ -177,7 +177,7 @@ MAX_DIRTY_CHUNKS: Final = 131_072
 
 STOP_SECONDS: Final = 0.2
 """How long a member that is being stopped waits for accesses to guest memory that are under way.
-QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still meanwhile."""
+QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still the while."""
 
 # --- administration commands --------------------------------------------------------------------
 
@@ -185,7 +185,10 @@ ADMIN_QUEUE_DEPTH: Final = 32
 """Commands of ours in one administration virtqueue at once, of all members together."""
 
 ADMIN_COMMAND_SECONDS: Final = 3.0
-"""How long one command may take: less than the 5 s that QEMU waits for the reply it belongs to."""
+"""How long one command may take, from waiting for its turn to the last time it is sent."""
+
+ADMIN_REQUEST_SECONDS: Final = 4.5
+"""How long all commands for one request of a client may take: QEMU waits 5 s for its reply."""
 
 ADMIN_RETRIES: Final = 8
 """How often a command is sent that the device wants sent again."""

@@ -7,13 +7,19 @@ who migrate a member, and the codec is exercised by all of them.
 What a driver owes its device is kept here, once (virtio 1.4, Administration Virtqueues): commands
 for one member one at a time, at most `depth` at once in all; EAGAIN and "try again" repeated, a
 bounded number of times; anything unknown taken for EINVAL.  And what Linux's driver lacks: a time
-limit for each command, so that an owner that hangs is an error and not a hang.
+limit for each command, tries and all, so that an owner that hangs is an error and not a hang.
+
+A client's request may take many commands, and when one fails others to undo what was done, and all
+that has to be over before the client gives up.  So within a `request` each command may take half of
+the time that is left: there is always some, and it is never exceeded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from typing import Final, Protocol
+import math
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -29,6 +35,9 @@ from vfio_user_virtio.virtio.admin import (
     encode_command,
     opcode_name,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class AdminQueue(Protocol):
@@ -55,7 +64,7 @@ _TRY_AGAIN: Final = frozenset((Qualifier.NORESOURCE, Qualifier.TRYAGAIN))
 
 
 class AdminClient:
-    """Commands on `queue`; `seconds` is the limit of one attempt."""
+    """Commands on `queue`; `seconds` is the limit of one."""
 
     def __init__(
         self,
@@ -68,21 +77,34 @@ class AdminClient:
         self._slots = trio.CapacityLimiter(depth)
         self._seconds = seconds
         self._members: dict[tuple[int, int], trio.Lock] = {}
+        self._deadlines: dict[int, float] = {}
+        """When the request that is being carried out for a member has to be answered."""
+
+    @contextlib.contextmanager
+    def request(self, member: int) -> Iterator[None]:
+        """All commands for VF `member` are for one request (`limits.ADMIN_REQUEST_SECONDS`)."""
+        self._deadlines[member] = trio.current_time() + limits.ADMIN_REQUEST_SECONDS
+        try:
+            yield
+        finally:
+            del self._deadlines[member]
 
     async def execute(self, command: Command, result_size: int = 0) -> bytes:
         """The result of `command`, of at most `result_size` bytes; it may have padding behind it.
 
         Raises AdminError, and HostError when the owner is gone.
         """
-        member = (command.group_type, command.member_id)
-        async with self._members.setdefault(member, trio.Lock()):
-            pause = limits.ADMIN_RETRY_SECONDS
-            for _ in range(limits.ADMIN_RETRIES):
-                answer = await self._attempt(command, result_size)
-                if answer.status != Status.EAGAIN and answer.qualifier not in _TRY_AGAIN:
-                    break
-                await trio.sleep(pause)
-                pause = min(2 * pause, limits.ADMIN_MAX_RETRY_SECONDS)
+        left = self._deadlines.get(command.member_id, math.inf) - trio.current_time()
+        seconds = min(self._seconds, left / 2)
+        answer = None
+        with trio.move_on_after(seconds):
+            answer = await self._tries(command, result_size)
+        if answer is None:
+            raise AdminError(
+                errno.ETIMEDOUT,
+                f"{describe(command)} was not done within {seconds:g} s; "
+                "the owner may need a reset",
+            )
         if not answer.ok:
             raise AdminError(
                 answer.errno,
@@ -90,18 +112,22 @@ class AdminClient:
             )
         return answer.result
 
+    async def _tries(self, command: Command, result_size: int) -> Answer:
+        member = (command.group_type, command.member_id)
+        async with self._members.setdefault(member, trio.Lock()):
+            pause = limits.ADMIN_RETRY_SECONDS
+            for number in range(limits.ADMIN_RETRIES):
+                if number:
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, limits.ADMIN_MAX_RETRY_SECONDS)
+                answer = await self._attempt(command, result_size)
+                if answer.status != Status.EAGAIN and answer.qualifier not in _TRY_AGAIN:
+                    break
+        return answer
+
     async def _attempt(self, command: Command, result_size: int) -> Answer:
         async with self._slots:
-            with trio.move_on_after(self._seconds) as patience:
-                written = await self._queue.execute(
-                    encode_command(command), STATUS_SIZE + result_size
-                )
-        if patience.cancelled_caught:
-            raise AdminError(
-                errno.ETIMEDOUT,
-                f"{describe(command)} was not answered within {self._seconds:g} s; "
-                "the owner may need a reset",
-            )
+            written = await self._queue.execute(encode_command(command), STATUS_SIZE + result_size)
         answer = decode_answer_untrusted(written)
         if answer is None:
             raise AdminError(

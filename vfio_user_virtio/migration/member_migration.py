@@ -59,6 +59,7 @@ from vfio_user_virtio.virtio.parts import encode_parts, parse_parts_untrusted, s
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from vfio_user_virtio.migration.parts_owner import PartsOwner
     from vfio_user_virtio.migration.states import Arc
@@ -113,6 +114,10 @@ class MemberMigration:
         """Something of a stream waits at the member, and takes effect when it is let run."""
 
     # --- what the client asks ------------------------------------------------------------------
+
+    def request(self) -> AbstractContextManager[None]:
+        """What is called inside belongs to one request, for which the client does not wait long."""
+        return self._owner.client.request(self._member)
 
     async def set_state(self, wanted: int) -> None:
         """Go to state `wanted`, by way of others if need be."""

@@ -85,7 +85,8 @@ class MigratableDevice:
                 raise ClientError(errno.EINVAL, f"device feature {index} has no {wanted.name}")
         if operation & FeatureOperation.PROBE:
             return b""
-        return await handlers[_GET if operation & _GET else _SET](self, data)
+        with self.migration.request():
+            return await handlers[_GET if operation & _GET else _SET](self, data)
 
     async def _get_flags(self, data: bytes) -> bytes:
         return encode_migration_flags(self.migration.options)
@@ -119,10 +120,12 @@ class MigratableDevice:
         return self.migration.read(count)
 
     async def migration_write(self, data: bytes | memoryview) -> None:
-        await self.migration.write(data)
+        with self.migration.request():
+            await self.migration.write(data)
 
     async def precopy_info(self) -> tuple[int, int]:
-        info = await self.migration.precopy_info()
+        with self.migration.request():
+            info = await self.migration.precopy_info()
         return info.initial_bytes, info.dirty_bytes
 
     # --- what has a say in the migration -------------------------------------------------------
@@ -130,11 +133,13 @@ class MigratableDevice:
     async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
         await self._device.region_write(index, offset, data)
         if index == VfioRegion.CONFIG:
-            await self.migration.function_was_reset()
+            with self.migration.request():
+                await self.migration.function_was_reset()
 
     async def reset(self, cause: ResetCause) -> None:
         await self._device.reset(cause)
-        await self.migration.device_was_reset()
+        with self.migration.request():
+            await self.migration.device_was_reset()
 
     async def release(self) -> None:
         try:
