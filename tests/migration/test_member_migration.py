@@ -368,7 +368,7 @@ async def test_when_neither_way_works_the_state_is_error() -> None:
     assert not rig.members[0].mode.stopped
 
 
-async def test_objects_that_cannot_be_destroyed_stay_taken(
+async def test_objects_that_cannot_be_destroyed_stay_taken_until_they_can(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rig = await OwnerRig(objects=1).discover()
@@ -377,8 +377,11 @@ async def test_objects_that_cannot_be_destroyed_stay_taken(
     rig.queue.fault = lambda c: Answer(Status.EBUSY) if c.opcode == D else None
     await first.set_state(RUNNING)
     assert "destroying object 0 failed" in caplog.text
-    rig.queue.fault = None
     with pytest.raises(ClientError) as caught:
         await second.set_state(PRE_COPY)
     assert caught.value.errno == errno.ENOSPC
     assert second.state is RUNNING
+    rig.queue.fault = None
+    await second.set_state(PRE_COPY)
+    await second.set_state(RUNNING)
+    assert rig.parts_owner.objects_in_use == len(rig.administration.objects) == 0

@@ -60,6 +60,9 @@ class AdminError(Exception):
         self.errno = errno_
 
 
+UNANSWERED: Final = frozenset((errno.ETIMEDOUT, errno.EIO))
+"""Of an `AdminError`: no status came back, so the command may have been carried out."""
+
 _TRY_AGAIN: Final = frozenset((Qualifier.NORESOURCE, Qualifier.TRYAGAIN))
 
 

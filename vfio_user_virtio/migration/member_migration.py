@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import ClientError, HostError
-from vfio_user_virtio.migration.admin_client import AdminError
+from vfio_user_virtio.migration.admin_client import UNANSWERED, AdminError
 from vfio_user_virtio.migration.precopy import PrecopyInfo, SavingSession
 from vfio_user_virtio.migration.private_record import (
     PRIVATE_TAG,
@@ -157,7 +157,8 @@ class MemberMigration:
         try:
             fresh = 0
             if saving.limiter.allow(self._clock()):
-                fresh = await self._image_size()
+                assert self._object is not None
+                fresh = await self._image_size(self._object)
             info = saving.info(fresh)
             if saving.needs_refresh(fresh):
                 saving.queue(encode_image(await self._image()))
@@ -168,13 +169,13 @@ class MemberMigration:
     async def data_size(self) -> int:
         """How many bytes the final image is likely to have (feature MIG_DATA_SIZE)."""
         try:
-            if self._saving is not None:
-                return await self._image_size()
-            await self._create(ObjectKind.GET)
+            if self._saving is not None and self._object is not None:
+                return await self._image_size(self._object)
+            object_id = await self._owner.create(self._member, ObjectKind.GET)
             try:
-                return await self._image_size()
+                return await self._image_size(object_id)
             finally:
-                await self._destroy()
+                await self._give_back(object_id)
         except (AdminError, HostError) as error:
             raise ClientError(_errno_of(error), f"{self._name}: {error}") from error
 
@@ -182,7 +183,6 @@ class MemberMigration:
 
     async def device_was_reset(self) -> None:
         """The client has reset the device: whatever was going on is over, and it runs."""
-        self.half_loaded = False
         await self._abandon()
         if self.state is not RUNNING:
             _log.info("%s: RUNNING, by a reset", self._name)
@@ -193,29 +193,41 @@ class MemberMigration:
 
         A function that is reset runs, so one that was stopped is stopped again.
         """
-        if self._stopped:
-            await self._try(self._stop(), "stopping it again after a reset by the guest")
+        if self._stopped and not await self._try(
+            self._stop(), "stopping it again after a reset by the guest"
+        ):
+            self.state = ERROR
 
     async def client_is_gone(self) -> None:
         """The session is over: end its migration, and let the device run.
 
-        One that is `half_loaded` is to be reset first: it would run as another.
+        One that is `half_loaded` is to be reset first: it would run as another.  Where the owner
+        does not let it run, the next client finds ERROR, and has to reset the device.
         """
-        await self.device_was_reset()
+        self.state = RUNNING if await self._abandon() else ERROR
 
-    async def _abandon(self) -> None:
+    async def _abandon(self) -> bool:
+        """End what is going on; whether the device runs, as far as the owner has a say in it."""
         self._saving = None
         self._loading = None
+        self.half_loaded = False
         await self._destroy()
+        runs = True
         if self._stopped or self.state is not RUNNING:
-            await self._try(self._resume(), "letting it run again")
+            runs = await self._try(self._let_run(), "letting it run again")
         self._stopped = False
+        return runs
 
-    async def _try(self, step: Awaitable[None], what: str) -> None:
+    async def _let_run(self) -> None:
+        await self._owner.client.execute(commands.mode_set(self._member, stopped=False))
+
+    async def _try(self, step: Awaitable[None], what: str) -> bool:
         try:
             await step
         except (AdminError, HostError) as error:
             _log.warning("%s: %s failed: %s", self._name, what, error)
+            return False
+        return True
 
     # --- steps ---------------------------------------------------------------------------------
 
@@ -223,12 +235,32 @@ class MemberMigration:
         """Between these two states the device does the same."""
 
     async def _stop(self) -> None:
-        await self._owner.client.execute(commands.mode_set(self._member, stopped=True))
-        self._stopped = True
+        await self._set_mode(stopped=True)
 
     async def _resume(self) -> None:
-        await self._owner.client.execute(commands.mode_set(self._member, stopped=False))
-        self._stopped = self.half_loaded = False
+        await self._set_mode(stopped=False)
+        self.half_loaded = False
+
+    async def _set_mode(self, *, stopped: bool) -> None:
+        """Stop the member or let it run; if that fails, it is as it was.
+
+        A command that was not answered may have been carried out, so it is taken back.  Where that
+        fails too, nobody knows whether the member runs: ERROR.
+        """
+        before, self._stopped = self._stopped, True  # a call that is cancelled may have stopped it
+        try:
+            await self._owner.client.execute(commands.mode_set(self._member, stopped=stopped))
+        except (AdminError, HostError) as error:
+            if isinstance(error, AdminError) and error.errno in UNANSWERED:
+                try:
+                    await self._owner.client.execute(
+                        commands.mode_set(self._member, stopped=not stopped)
+                    )
+                except (AdminError, HostError):
+                    self.state = ERROR
+            self._stopped = before
+            raise
+        self._stopped = stopped
 
     async def _begin_saving(self) -> None:
         await self._create(ObjectKind.GET)
@@ -275,16 +307,18 @@ class MemberMigration:
         self._object = await self._owner.create(self._member, kind)
 
     async def _destroy(self) -> None:
-        """Give the object back.  One that cannot be destroyed is the owner's to remember."""
         object_id, self._object = self._object, None
         if object_id is not None:
-            await self._try(
-                self._owner.destroy(self._member, object_id), f"destroying object {object_id}"
-            )
+            await self._give_back(object_id)
 
-    async def _image_size(self) -> int:
-        assert self._object is not None
-        command = commands.metadata_get(self._member, self._object, MetadataKind.SIZE)
+    async def _give_back(self, object_id: int) -> None:
+        """Destroy an object.  One that cannot be destroyed is the owner's to remember."""
+        await self._try(
+            self._owner.destroy(self._member, object_id), f"destroying object {object_id}"
+        )
+
+    async def _image_size(self, object_id: int) -> int:
+        command = commands.metadata_get(self._member, object_id, MetadataKind.SIZE)
         size = decode_count_untrusted(await self._owner.client.execute(command, COUNT_SIZE))
         if not 0 < size <= self._max_record_size:
             raise AdminError(
@@ -300,7 +334,8 @@ class MemberMigration:
         command = commands.parts_get(self._member, self._object)
         for attempt in range(limits.IMAGE_ATTEMPTS):
             try:
-                blob = await self._owner.client.execute(command, _padded(await self._image_size()))
+                size = await self._image_size(self._object)
+                blob = await self._owner.client.execute(command, _padded(size))
                 return encode_parts(parse_parts_untrusted(blob))
             except (AdminError, ClientError) as error:
                 grown = isinstance(error, ClientError) or error.errno == errno.ENOMEM

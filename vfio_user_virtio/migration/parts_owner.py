@@ -8,7 +8,8 @@ SR-IOV group that is not there yet (no VFs) is asked again later.
 
 Migration is offered only if all that it takes is there.  Ids are the owner's, shared by members
 and kinds of object; an id whose object could not be destroyed stays taken, since the device may
-still hold it.
+still hold it, until it can be: that is tried when the owner has just destroyed another one, and
+when no id is left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from vfio_user_virtio.migration.admin_client import AdminError
+from vfio_user_virtio.migration.admin_client import UNANSWERED, AdminError
 from vfio_user_virtio.virtio import admin_commands as commands
 from vfio_user_virtio.virtio.admin import (
     CAPABILITY_OPCODES,
@@ -55,6 +56,8 @@ class PartsOwner:
         self.client = client
         self.support = Support("the owner has not been asked yet")
         self._taken: set[int] = set()
+        self._lost: dict[int, int] = {}
+        """Ids that are taken by an object, of this member, that nobody uses and that may exist."""
         self._limit = 0
 
     async def discover(self) -> Support:
@@ -103,6 +106,8 @@ class PartsOwner:
 
     async def create(self, member: int, kind: ObjectKind) -> int:
         """Make an object of `member`; its id.  Raises AdminError: ENOSPC if no id is free."""
+        if len(self._taken) >= self._limit:
+            await self._destroy_lost()
         free = next((i for i in range(self._limit) if i not in self._taken), None)
         if free is None:
             raise AdminError(
@@ -114,19 +119,41 @@ class PartsOwner:
         try:
             await self.client.execute(commands.object_create(member, free, kind))
         except AdminError as error:
-            if error.errno not in (errno.EEXIST, errno.ETIMEDOUT, errno.EIO):
+            if error.errno in UNANSWERED or error.errno == errno.EEXIST:
+                self._lost[free] = member
+            else:
                 self._taken.discard(free)
+            raise
+        except BaseException:
+            self._lost[free] = member
             raise
         return free
 
     async def destroy(self, member: int, object_id: int) -> None:
         """Forget an object; one that is not there is as good.  Raises AdminError."""
+        await self._destroy(member, object_id)
+        await self._destroy_lost()
+
+    async def _destroy(self, member: int, object_id: int) -> None:
         try:
             await self.client.execute(commands.object_destroy(member, object_id))
         except AdminError as error:
             if error.errno != errno.ENXIO:
+                self._lost[object_id] = member
                 raise
+        except BaseException:
+            self._lost[object_id] = member
+            raise
         self._taken.discard(object_id)
+
+    async def _destroy_lost(self) -> None:
+        """Try once more, up to the first that still cannot be destroyed."""
+        while self._lost:
+            object_id, member = self._lost.popitem()
+            try:
+                await self._destroy(member, object_id)
+            except AdminError:
+                return
 
     @property
     def objects_in_use(self) -> int:
