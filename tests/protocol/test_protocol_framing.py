@@ -40,6 +40,17 @@ def test_one_message() -> None:
     assert not reader.partial
 
 
+def test_what_is_missing_of_a_message() -> None:
+    reader = FrameReader()
+    whole = message(1, 100)
+    assert reader.receive(whole[:10], []) == []
+    assert reader.missing == 0, "the header is not there yet"
+    assert reader.receive(whole[10:30], []) == []
+    assert reader.missing == len(whole) - 30
+    assert len(reader.receive(whole[30:], [])) == 1
+    assert reader.missing == 0
+
+
 def test_flags_of_a_frame() -> None:
     command = Header(3, Command.DEVICE_RESET, 16)
     stream = (

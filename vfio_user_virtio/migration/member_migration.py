@@ -133,7 +133,7 @@ class MemberMigration:
             _log.info("%s: %s", self._name, arc[1].name)
             self.state = arc[1]
 
-    def read(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes | memoryview:
         """Up to `count` bytes of the stream; fewer mean that no more is there now."""
         if self.state not in SAVING or self._saving is None:
             raise self._wrong_state("read from", SAVING)

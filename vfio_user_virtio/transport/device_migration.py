@@ -109,7 +109,7 @@ class Migration:
     rounds: int = 0
     keep_source: bool = False
     answer_seconds: float = ANSWER_SECONDS
-    on_data: Callable[[bytes], None] = lambda _: None
+    on_data: Callable[[bytes | memoryview], None] = lambda _: None
     on_progress: Callable[[Migration], None] = lambda _: None
     preflight: Preflight | None = None
 
