@@ -177,12 +177,26 @@ MAX_DIRTY_CHUNKS: Final = 131_072
 
 STOP_SECONDS: Final = 0.2
 """How long a member that is being stopped waits for accesses to guest memory that are under way.
-QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still the while."""
+QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still then."""
 
 # --- administration commands --------------------------------------------------------------------
 
 ADMIN_QUEUE_DEPTH: Final = 32
 """Commands of ours in one administration virtqueue at once, of all members together."""
+
+MAX_ADMIN_COMMAND_SIZE: Final = 1 * MIB
+"""Readable or writable bytes of one command, of ours or of the software owner's driver: hundreds of
+times the largest image; the driver could have `ADMIN_RING_SIZE` of them held at once."""
+
+ADMIN_RING_SIZE: Final = 64
+"""Descriptors in an administration virtqueue: `ADMIN_QUEUE_DEPTH` commands of two."""
+
+ADMIN_MEMORY: Final = 4 * MIB
+"""Locked memory for the ring and the buffers of all commands in flight: half of what a user may
+lock by default (ulimit -l)."""
+
+OWNER_RESET_SECONDS: Final = 5.0
+"""How long a PF may take from device_status = 0 until it reads 0."""
 
 ADMIN_COMMAND_SECONDS: Final = 3.0
 """How long one command may take, from waiting for its turn to the last time it is sent."""

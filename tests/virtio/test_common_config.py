@@ -18,9 +18,10 @@ from tests.virtio.common_config_driver import (
     RUNNING,
     WRITABLE,
     Driver,
+    Recorder,
     image,
 )
-from vfio_user_virtio.virtio.common_config import NO_VECTOR, QueueState, Status
+from vfio_user_virtio.virtio.common_config import NO_VECTOR, CommonConfig, QueueState, Status
 from vfio_user_virtio.virtio.features import Feature
 
 if TYPE_CHECKING:
@@ -365,3 +366,26 @@ def test_queue_reset_is_nothing_without_ring_reset() -> None:
     driver.write(58, 2, 1)
     assert driver.config.state.queues[1].enabled
     assert driver.recorder.taken() == [("queue_enabled", 1)]
+
+
+# --- administration virtqueues ------------------------------------------------------------------
+
+
+def test_administration_virtqueues_are_behind_the_others_and_not_counted() -> None:
+    recorder = Recorder()
+    config = CommonConfig(
+        offered=OFFERED,
+        num_queues=3,
+        queue_size=16,
+        num_vectors=4,
+        consequences=recorder,
+        admin_queues=2,
+    )
+    assert config.read(18, 2) == b"\3\0"
+    assert config.read(60, 4) == b"\3\0\2\0"
+    config.write_untrusted(22, b"\4\0")
+    assert config.read(24, 2) == b"\x10\0"
+    config.write_untrusted(28, b"\1\0")
+    assert recorder.taken() == [("queue_enabled", 4)]
+    config.reset()
+    assert len(config.state.queues) == 5

@@ -7,7 +7,8 @@ sets in motion is the business of a `Consequences`.  Wrong values never raise: a
 a write that makes no sense is ignored, and a negotiation that cannot be is refused by FEATURES_OK
 reading back as 0.
 
-Admin queue fields (offsets 60 to 63) read 0: a member has no administration virtqueue.
+Administration virtqueues come behind the others and are not counted in num_queues; a member has
+none, and reads 0 where an owner has their first index and their number (offsets 60 to 63).
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Consequences(Protocol):
 
 
 class CommonConfig:
-    """The registers of one device with `num_queues` queues of at most `queue_size` descriptors."""
+    """The registers of one device with `num_queues` queues, and `admin_queues` administration
+    virtqueues behind them, of at most `queue_size` descriptors each."""
 
     def __init__(
         self,
@@ -99,12 +101,15 @@ class CommonConfig:
         queue_size: int,
         num_vectors: int,
         consequences: Consequences,
+        admin_queues: int = 0,
     ) -> None:
         self._offered = offered
         self._queue_size = queue_size
         self._num_vectors = num_vectors
         self._consequences = consequences
-        self.state = CommonState([QueueState(queue_size) for _ in range(num_queues)])
+        self._num_queues = num_queues
+        self._admin_queues = admin_queues
+        self.state = CommonState([QueueState(queue_size) for _ in range(num_queues + admin_queues)])
         self.refusal: str | None = None
         """Why FEATURES_OK was last refused, for the log."""
 
@@ -162,7 +167,7 @@ class CommonConfig:
             state.driver_feature_select,
             driver_word,
             state.config_msix_vector,
-            len(state.queues),
+            self._num_queues,
             state.status,
             state.config_generation,
             state.queue_select,
@@ -175,8 +180,8 @@ class CommonConfig:
             present.device,
             0,
             0,
-            0,
-            0,
+            self._num_queues if self._admin_queues else 0,
+            self._admin_queues,
         )
 
     def _selected(self) -> QueueState | None:

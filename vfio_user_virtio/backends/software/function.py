@@ -3,8 +3,8 @@
 Regions, laid out as QEMU's own virtio-net-pci has them:
 
     BAR1  4 KiB, 32-bit    MSI-X table at 0, pending bits at 0x800
-    BAR4  16 KiB, 64-bit   common configuration 0x0000, ISR 0x1000, device configuration 0x2000,
-                           notification 0x3000, four bytes per queue
+    BAR4  16 KiB, 64-bit   common configuration 0x0000, ISR 0x1000, legacy notification 0x1800,
+                           device configuration 0x2000, notification 0x3000, four bytes per queue
     configuration space    PCI Express, power management, MSI-X and the virtio capabilities
 
 None may be mapped by the client: a region with the mmap flag would make QEMU wait for the reply to
@@ -15,7 +15,7 @@ The function knows virtio's transport, not the network device: that is behind `F
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from vfio_user_virtio.backends.software.interrupts import Interrupts
 from vfio_user_virtio.device import DeviceFlags, DeviceInfo, RegionFlags, RegionInfo, VfioRegion
@@ -43,9 +43,6 @@ from vfio_user_virtio.virtio.pci_capabilities import (
     add_structure,
 )
 
-if TYPE_CHECKING:
-    from vfio_user_virtio.backends.software.config import MemberConfig
-
 VIRTIO_VENDOR: Final = 0x1AF4
 VIRTIO_NET_DEVICE: Final = 0x1041
 CLASS_ETHERNET: Final = 0x020000
@@ -62,6 +59,8 @@ ISR: Final = Structure(CfgType.ISR, VIRTIO_BAR, 0x1000, 1)
 DEVICE: Final = Structure(CfgType.DEVICE, VIRTIO_BAR, 0x2000, 0x1000)
 NOTIFY: Final = Structure(CfgType.NOTIFY, VIRTIO_BAR, 0x3000, 0x1000)
 NOTIFY_MULTIPLIER: Final = 4
+LEGACY_NOTIFY: Final = ISR.offset + 0x800
+"""Where in `VIRTIO_BAR` a queue's index, two bytes, notifies that queue (LEGACY_NOTIFY_INFO)."""
 
 NUM_REGIONS: Final = 9
 NUM_IRQS: Final = 5
@@ -76,6 +75,22 @@ _REGIONS: Final = {
     VfioRegion.CONFIG: RegionInfo(CONFIG_SIZE, _READ_WRITE),
 }
 _ABSENT: Final = RegionInfo(0, RegionFlags(0))
+
+
+class FunctionConfig(Protocol):
+    """What is fixed for the function's life: see `MemberConfig`."""
+
+    @property
+    def offered(self) -> int: ...
+
+    @property
+    def num_queues(self) -> int: ...
+
+    @property
+    def queue_size(self) -> int: ...
+
+    @property
+    def num_vectors(self) -> int: ...
 
 
 class FunctionDevice(Consequences, Protocol):
@@ -97,7 +112,9 @@ class FunctionDevice(Consequences, Protocol):
 class Function:
     """One virtio PCI function."""
 
-    def __init__(self, config: MemberConfig, device: FunctionDevice) -> None:
+    def __init__(
+        self, config: FunctionConfig, device: FunctionDevice, *, admin_queues: int = 0
+    ) -> None:
         self._device = device
         self.interrupts: Final = Interrupts(config.num_vectors)
         self.common: Final = CommonConfig(
@@ -106,6 +123,7 @@ class Function:
             queue_size=config.queue_size,
             num_vectors=config.num_vectors,
             consequences=device,
+            admin_queues=admin_queues,
         )
         self.isr = 0
         self.config: Final = ConfigSpace(
@@ -138,7 +156,8 @@ class Function:
         add_config_access(self.config, self._window_read, self._window_write)
         add_pcie_capability(self.config)
         self._power = PowerManagement(self.config)
-        self._msix_enabled = False
+        self.msix_enabled = False
+        """Whether the driver has MSI-X on."""
         self.may_dma = False
         """Whether the function is in D0 with bus mastering on."""
 
@@ -173,14 +192,14 @@ class Function:
 
     def interrupt_queue(self, index: int) -> None:
         """Tell the driver that queue `index` has used buffers."""
-        if self._msix_enabled:
+        if self.msix_enabled:
             self.interrupts.trigger(self.common.state.queues[index].msix_vector)
         else:
             self._assert_intx(ISR_QUEUE)
 
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration or the status has changed."""
-        if self._msix_enabled:
+        if self.msix_enabled:
             self.isr |= ISR_CONFIG
             self.interrupts.trigger(self.common.state.config_msix_vector)
         else:
@@ -191,7 +210,8 @@ class Function:
         self.config.set_interrupt_status(True)
         self.interrupts.set_intx_level(True)
 
-    def _read_isr(self) -> bytes:
+    def read_isr(self) -> bytes:
+        """The ISR status, which reading clears; INTx is deasserted."""
         value, self.isr = self.isr, 0
         self.config.set_interrupt_status(False)
         self.interrupts.set_intx_level(False)
@@ -223,7 +243,7 @@ class Function:
         if page == DEVICE.offset:
             data = self._device.device_config()
         elif page == ISR.offset and within == 0:
-            data = self._read_isr()
+            data = self.read_isr()
         else:
             return bytes(count)
         return data[within : within + count].ljust(count, b"\0")
@@ -233,6 +253,8 @@ class Function:
             self._device.kick((offset - NOTIFY.offset) // NOTIFY_MULTIPLIER)
         elif offset < ISR.offset:
             self.common.write_untrusted(offset, data)
+        elif offset == LEGACY_NOTIFY:
+            self._device.kick(int.from_bytes(data[:2], "little"))
 
     def _read_msix(self, offset: int, count: int) -> bytes:
         if offset + count <= self._table.size:
@@ -251,7 +273,7 @@ class Function:
     def _config_changed(self) -> None:
         command = self.config.command
         self.may_dma = bool(command & Command.MASTER) and self._power.state is PowerState.D0
-        self._msix_enabled = self._msix.enabled
+        self.msix_enabled = self._msix.enabled
         self.interrupts.set_intx_disabled(bool(command & Command.INTX_DISABLE))
 
     def _window_read(self, bar: int, offset: int, count: int) -> bytes:
