@@ -254,8 +254,11 @@ class Device(Protocol):
         """VFIO_USER_DEVICE_FEATURE: the data of the reply.  ENOTTY for an unknown feature."""
         ...
 
-    async def migration_read(self, count: int) -> bytes:
-        """Up to `count` bytes of device state; fewer means that no more is there now."""
+    async def migration_read(self, count: int) -> bytes | memoryview:
+        """Up to `count` bytes of device state; fewer means that no more is there now.
+
+        They must not change any more.
+        """
         ...
 
     async def migration_write(self, data: bytes | memoryview) -> None: ...

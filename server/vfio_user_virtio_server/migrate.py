@@ -195,7 +195,9 @@ async def _session(path: str) -> AsyncIterator[Client]:
         ) from None
 
 
-def _saver(path: str | None, stack: contextlib.AsyncExitStack) -> Callable[[bytes], None]:
+def _saver(
+    path: str | None, stack: contextlib.AsyncExitStack
+) -> Callable[[bytes | memoryview], None]:
     """What writes the stream to a new file, which only its owner can read."""
     if path is None:
         return lambda _: None
@@ -207,7 +209,7 @@ def _saver(path: str | None, stack: contextlib.AsyncExitStack) -> Callable[[byte
         ) from None
     stack.callback(os.close, fd)
 
-    def save(data: bytes) -> None:
+    def save(data: bytes | memoryview) -> None:
         left = memoryview(data)
         try:
             while left:

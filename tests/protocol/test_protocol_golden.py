@@ -310,12 +310,12 @@ VECTORS = [
     (
         "MIG_DATA_READ reply: 3 bytes and no more just now",
         "3412 1100 1b000000 01000000 00000000 0b000000 03000000 616263",
-        reply(Command.MIG_DATA_READ, migration.encode_migration_read_reply(b"abc")),
+        reply(Command.MIG_DATA_READ, migration.encode_migration_data_head(3) + b"abc"),
     ),
     (
         "MIG_DATA_WRITE",
         "3412 1200 1b000000 00000000 00000000 0b000000 03000000 616263",
-        command(Command.MIG_DATA_WRITE, migration.encode_migration_write_request(b"abc")),
+        command(Command.MIG_DATA_WRITE, migration.encode_migration_data_head(3) + b"abc"),
     ),
     (
         "an error reply: EEXIST",

@@ -282,6 +282,52 @@ async def test_writers_take_turns_and_messages_stay_whole(pair: Pair) -> None:
     assert seen == [rounds] * writers
 
 
+TAILS = [0, 1, 5, 4_900, 40_000, 300_000]
+
+
+@pytest.mark.parametrize("sndbuf", [0, 5_000])
+async def test_messages_with_a_tail(
+    sndbuf: int, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order with those that have none, with fds, in whatever pieces they leave."""
+    ours, peer = socket.socketpair()
+    if sndbuf:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+    endpoint, reader = Endpoint(ours), Endpoint(peer)
+    monkeypatch.setattr(endpoint, "_roomy", True)  # and so the buffer as it is
+    posted = []
+    for number, size in enumerate(TAILS * 3):
+        head = HEADER.pack(7, number, HEADER_SIZE + 3 + size, 0, 0) + b"abc"
+        tail = os.urandom(size)
+        endpoint.post(head, files[: number % 3], memoryview(tail))
+        endpoint.post(message(number, bytes(number)))
+        posted += [(b"abc" + tail, number % 3), (bytes(number), 0)]
+    total = sum(HEADER_SIZE + len(payload) for payload, _ in posted)
+    assert endpoint.full
+    found: list[tuple[bytes, int]] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(endpoint.flush)
+        while len(found) < len(posted):
+            found += [(frame.payload, len(frame.fds)) for frame in await reader.receive()]
+    assert found == posted
+    assert (endpoint.bytes_sent, reader.bytes_received) == (total, total)
+    endpoint.close()
+    reader.close()
+
+
+async def test_bulk_makes_room_in_the_socket(pair: Pair) -> None:
+    def size() -> int:
+        sock = pair.endpoint._socket
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+    before = size()
+    pair.endpoint.post(message(1, bytes(100_000)))
+    pair.endpoint.post(message(2), tail=bytes(1_000))
+    assert size() == before
+    pair.endpoint.post(message(3), tail=bytes(100_000))
+    assert size() > before
+
+
 async def test_cancelled_flush_is_carried_on_by_the_next(pair: Pair) -> None:
     large, small = message(1, os.urandom(1 * MIB)), message(2)
     with trio.CancelScope() as scope:

@@ -116,7 +116,7 @@ class MigratableDevice:
         report = decode_logging_report_untrusted(data)
         return encode_logging_report_reply(report, self._logging.report_logging(report))
 
-    async def migration_read(self, count: int) -> bytes:
+    async def migration_read(self, count: int) -> bytes | memoryview:
         return self.migration.read(count)
 
     async def migration_write(self, data: bytes | memoryview) -> None:

@@ -98,7 +98,7 @@ class SavingSession:
         self._pieces += views
         self.queued_end += sum(map(len, views))
 
-    def read(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes | memoryview:
         """The next `count` bytes, across records; fewer, or none, if there are no more now."""
         taken: list[memoryview] = []
         left = count
@@ -110,7 +110,7 @@ class SavingSession:
             taken.append(piece)
             left -= len(piece)
         self.position += count - left
-        return b"".join(taken)
+        return taken[0] if len(taken) == 1 else b"".join(taken)
 
     def info(self, fresh: int) -> PrecopyInfo:
         """What precopy info answers; `fresh` is the size of a new image, 0 if it was not asked."""

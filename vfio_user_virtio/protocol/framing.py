@@ -95,6 +95,11 @@ class FrameReader:
         """A message has begun and is not complete (nor ever will be, if broken)."""
         return bool(self._head) or self._frame is not None or self.broken is not None
 
+    @property
+    def missing(self) -> int:
+        """How many bytes of the message in progress are still to come, once its header has."""
+        return self._missing
+
     def take_fds(self) -> list[int]:
         """The fds that are in no frame yet; the caller closes them when the stream ends."""
         taken, self._fds = self._fds, []

@@ -128,17 +128,25 @@ def framing_lost(size: int, flags: int, max_message_size: int) -> ConnectionLost
 
 
 def encode_command(
-    message_id: int, command: int, payload: Buffer = b"", *, no_reply: bool = False
+    message_id: int,
+    command: int,
+    payload: Buffer = b"",
+    *,
+    tail_size: int = 0,
+    no_reply: bool = False,
 ) -> bytes:
-    """A whole command.  With `no_reply` its receiver must stay silent, even if it fails."""
-    size = HEADER_SIZE + memoryview(payload).nbytes
+    """A whole command, or one to which `tail_size` bytes are to be added.
+
+    With `no_reply` its receiver must stay silent, even if it fails.
+    """
+    size = HEADER_SIZE + memoryview(payload).nbytes + tail_size
     head = HEADER.pack(message_id, command, size, NO_REPLY if no_reply else 0, 0)
     return b"".join((head, payload))
 
 
-def encode_reply(request: Identified, payload: Buffer = b"") -> bytes:
-    """A whole successful reply to `request`."""
-    size = HEADER_SIZE + memoryview(payload).nbytes
+def encode_reply(request: Identified, payload: Buffer = b"", *, tail_size: int = 0) -> bytes:
+    """A whole successful reply to `request`, or one to which `tail_size` bytes are to be added."""
+    size = HEADER_SIZE + memoryview(payload).nbytes + tail_size
     return b"".join((HEADER.pack(request.message_id, request.command, size, REPLY, 0), payload))
 
 

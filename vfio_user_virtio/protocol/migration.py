@@ -121,8 +121,13 @@ def decode_device_state_reply_untrusted(data: Buffer) -> MigrationState:
         raise distrust(f"GET MIG_DEVICE_STATE says {state}, which is no state") from None
 
 
-def encode_migration_read_request(size: int) -> bytes:
+def encode_migration_data_head(size: int) -> bytes:
+    """What stands before `size` bytes of data, in a read reply and in a write request."""
     return MIG_DATA.pack(MIG_DATA_SIZE + size, size)
+
+
+def encode_migration_read_request(size: int) -> bytes:
+    return encode_migration_data_head(size)
 
 
 def decode_migration_read_request_untrusted(
@@ -135,11 +140,7 @@ def decode_migration_read_request_untrusted(
     return _decode_head(payload, max_size, "MIG_DATA_READ")
 
 
-def encode_migration_read_reply(data: Buffer) -> bytes:
-    return b"".join((MIG_DATA.pack(MIG_DATA_SIZE + len(data), len(data)), data))
-
-
-def decode_migration_read_reply_untrusted(payload: Buffer, size: int) -> bytes:
+def decode_migration_read_reply_untrusted(payload: Buffer, size: int) -> bytes | memoryview:
     """The data, at most the `size` bytes asked for.  Raises ConnectionLost.
 
     libvfio-user pads its reply to what was asked for; the size field counts.
@@ -151,11 +152,7 @@ def decode_migration_read_reply_untrusted(payload: Buffer, size: int) -> bytes:
             f"the reply to MIG_DATA_READ of {size} bytes counts {found} "
             f"and has {len(payload) - MIG_DATA_SIZE}"
         )
-    return bytes(payload[MIG_DATA_SIZE : MIG_DATA_SIZE + found])
-
-
-def encode_migration_write_request(data: Buffer) -> bytes:
-    return b"".join((MIG_DATA.pack(MIG_DATA_SIZE + len(data), len(data)), data))
+    return memoryview(payload)[MIG_DATA_SIZE : MIG_DATA_SIZE + found]
 
 
 def decode_migration_write_request_untrusted(

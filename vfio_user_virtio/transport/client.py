@@ -55,8 +55,8 @@ from vfio_user_virtio.protocol.irq import (
 )
 from vfio_user_virtio.protocol.migration import (
     decode_migration_read_reply_untrusted,
+    encode_migration_data_head,
     encode_migration_read_request,
-    encode_migration_write_request,
 )
 from vfio_user_virtio.protocol.precopy_info import (
     decode_precopy_info_reply_untrusted,
@@ -250,7 +250,7 @@ class Client:
             argsz = self._room(reply.argsz)
         raise ConnectionLost(f"device feature {index} grows while it is asked for")
 
-    async def migration_read(self, count: int) -> bytes:
+    async def migration_read(self, count: int) -> bytes | memoryview:
         """Up to `count` bytes of device state; fewer means that no more is there now."""
         payload = encode_migration_read_request(count)
         return decode_migration_read_reply_untrusted(
@@ -258,7 +258,9 @@ class Client:
         )
 
     async def migration_write(self, data: Buffer) -> None:
-        await self._requests.request(Command.MIG_DATA_WRITE, encode_migration_write_request(data))
+        """The next bytes of device state, which must not change until the server has them."""
+        head = encode_migration_data_head(len(data))
+        await self._requests.request(Command.MIG_DATA_WRITE, head, tail=data)
 
     async def precopy_info(self) -> tuple[int, int]:
         """Bytes to read in PRE_COPY: of the first image, and of later ones."""

@@ -43,7 +43,7 @@ from vfio_user_virtio.protocol.feature import (
     encode_feature_reply,
 )
 from vfio_user_virtio.protocol.framing import Frame
-from vfio_user_virtio.protocol.header import COMMANDS_WITH_FDS, Command, encode_reply
+from vfio_user_virtio.protocol.header import COMMANDS_WITH_FDS, Buffer, Command, encode_reply
 from vfio_user_virtio.protocol.irq import (
     check_irq_range,
     decode_irq_info_request_untrusted,
@@ -54,7 +54,7 @@ from vfio_user_virtio.protocol.migration import (
     MIG_DATA_SIZE,
     decode_migration_read_request_untrusted,
     decode_migration_write_request_untrusted,
-    encode_migration_read_reply,
+    encode_migration_data_head,
 )
 from vfio_user_virtio.protocol.precopy_info import (
     decode_precopy_info_request_untrusted,
@@ -83,8 +83,9 @@ if TYPE_CHECKING:
     from vfio_user_virtio.device import Device, IrqInfo
     from vfio_user_virtio.protocol.version import Capabilities
 
-Answer: TypeAlias = tuple[bytes, Sequence[int]]
-"""A whole reply, and the fds that go with it; they stay the device's."""
+Answer: TypeAlias = tuple[bytes, Sequence[int], Buffer]
+"""A reply, the fds that go with it, which stay the device's, and the end of the reply, if that is
+better not copied (`Endpoint.post`)."""
 
 Handler: TypeAlias = Callable[[Frame], Awaitable[Answer]]
 
@@ -149,7 +150,7 @@ class Commands:
             raise _invalid(f"region {region} is absent or cannot be read")
         check_region_range(offset, count, size)
         data = await self._device.region_read(region, offset, count) if count else b""
-        return encode_region_read_reply(frame.message_id, offset, region, data), ()
+        return encode_region_read_reply(frame.message_id, offset, region, data), (), b""
 
     async def _region_write(self, frame: Frame) -> Answer:
         payload = frame.payload
@@ -157,7 +158,7 @@ class Commands:
         self._check_write(region, offset, count)
         if count:
             await self._device.region_write(region, offset, payload[REGION_ACCESS_SIZE:])
-        return encode_region_write_reply(frame.message_id, offset, region, count), ()
+        return encode_region_write_reply(frame.message_id, offset, region, count), (), b""
 
     async def _region_write_multi(self, frame: Frame) -> Answer:
         writes = decode_region_write_multi_request_untrusted(frame.payload)
@@ -166,7 +167,7 @@ class Commands:
         for offset, region, data in writes:
             if data:
                 await self._device.region_write(region, offset, data)
-        return encode_reply(frame, encode_region_write_multi_reply(len(writes))), ()
+        return encode_reply(frame, encode_region_write_multi_reply(len(writes))), (), b""
 
     def _check_write(self, region: int, offset: int, count: int) -> None:
         size = self._writable.get(region)
@@ -178,23 +179,23 @@ class Commands:
 
     async def _device_info(self, frame: Frame) -> Answer:
         decode_device_info_request_untrusted(frame.payload)
-        return encode_reply(frame, encode_device_info_reply(self._device.device_info())), ()
+        return encode_reply(frame, encode_device_info_reply(self._device.device_info())), (), b""
 
     async def _region_info(self, frame: Frame) -> Answer:
         request = decode_region_info_request_untrusted(frame.payload)
         self._check_region(request.index)
         info = self._device.region_info(request.index)
         payload, fds = encode_region_info_reply(request, info)
-        return encode_reply(frame, payload), fds
+        return encode_reply(frame, payload), fds, b""
 
     async def _region_io_fds(self, frame: Frame) -> Answer:
         request = decode_region_io_fds_request_untrusted(frame.payload)
         self._check_region(request.index)
-        return encode_reply(frame, encode_region_io_fds_reply(request, ())), ()
+        return encode_reply(frame, encode_region_io_fds_reply(request, ())), (), b""
 
     async def _irq_info(self, frame: Frame) -> Answer:
         index = decode_irq_info_request_untrusted(frame.payload)
-        return encode_reply(frame, encode_irq_info_reply(index, self._irq(index))), ()
+        return encode_reply(frame, encode_irq_info_reply(index, self._irq(index))), (), b""
 
     def _check_region(self, index: int) -> None:
         if index >= self._num_regions:
@@ -214,13 +215,13 @@ class Commands:
             check_eventfd_untrusted(fd)
         frame.take_fds()
         await self._device.set_irqs(request)
-        return encode_reply(frame), ()
+        return encode_reply(frame), (), b""
 
     async def _dma_map(self, frame: Frame) -> Answer:
         mapping = decode_dma_map_request_untrusted(frame.payload, frame.fds)
         frame.take_fds()
         await self._device.dma_map(mapping)
-        return encode_reply(frame), ()
+        return encode_reply(frame), (), b""
 
     async def _dma_unmap(self, frame: Frame) -> Answer:
         request = decode_dma_unmap_request_untrusted(frame.payload)
@@ -231,7 +232,7 @@ class Commands:
         bitmap = b""
         if page_size:  # after the last write to what was mapped
             bitmap = await self._dirty_bitmap(LoggingReport(request.iova, request.size, page_size))
-        return encode_reply(frame, encode_dma_unmap_reply(request, bitmap)), ()
+        return encode_reply(frame, encode_dma_unmap_reply(request, bitmap)), (), b""
 
     async def _dirty_bitmap(self, report: LoggingReport) -> bytes:
         asked = encode_logging_report_request(report)
@@ -246,7 +247,7 @@ class Commands:
 
     async def _reset(self, frame: Frame) -> Answer:
         await self._device.reset(ResetCause.CLIENT)
-        return encode_reply(frame), ()
+        return encode_reply(frame), (), b""
 
     # --- migration ------------------------------------------------------------------------------
 
@@ -255,24 +256,26 @@ class Commands:
         if request.index == Feature.DMA_LOGGING_REPORT and request.operation == _GET:
             size = logging_report_reply_size(decode_logging_report_untrusted(request.data))
             if request.argsz < DEVICE_FEATURE_SIZE + size:  # what is reported once must be sent
-                return encode_reply(frame, encode_feature_reply(request, bytes(size))), ()
+                empty = encode_feature_reply(request, bytes(size))
+                return encode_reply(frame, empty), (), b""
         data = await self._device.feature(request.index, request.operation, request.data)
-        return encode_reply(frame, encode_feature_reply(request, data)), ()
+        return encode_reply(frame, encode_feature_reply(request, data)), (), b""
 
     async def _migration_read(self, frame: Frame) -> Answer:
         size = decode_migration_read_request_untrusted(frame.payload, self._max_count)
         data = await self._device.migration_read(size)
-        return encode_reply(frame, encode_migration_read_reply(data)), ()
+        head = encode_migration_data_head(len(data))
+        return encode_reply(frame, head, tail_size=len(data)), (), data
 
     async def _migration_write(self, frame: Frame) -> Answer:
         decode_migration_write_request_untrusted(frame.payload, self._max_count)
-        await self._device.migration_write(frame.payload[MIG_DATA_SIZE:])
-        return encode_reply(frame), ()
+        await self._device.migration_write(memoryview(frame.payload)[MIG_DATA_SIZE:])
+        return encode_reply(frame), (), b""
 
     async def _precopy_info(self, frame: Frame) -> Answer:
         decode_precopy_info_request_untrusted(frame.payload)
         initial_bytes, dirty_bytes = await self._device.precopy_info()
-        return encode_reply(frame, encode_precopy_info_reply(initial_bytes, dirty_bytes)), ()
+        return encode_reply(frame, encode_precopy_info_reply(initial_bytes, dirty_bytes)), (), b""
 
     # --- what may not be asked ------------------------------------------------------------------
 

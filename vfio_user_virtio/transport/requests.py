@@ -65,18 +65,27 @@ class Requests:
         self._lost: ConnectionLost | None = None
 
     async def request(
-        self, command: Command, payload: Buffer = b"", fds: Sequence[int] = ()
+        self,
+        command: Command,
+        payload: Buffer = b"",
+        fds: Sequence[int] = (),
+        tail: Buffer = b"",
     ) -> bytes:
         """Send a command; the payload of its successful reply, whose fds, if any, are closed.
 
-        `fds` stay the caller's.  Raises RemoteError for an error reply, ConnectionLost.
+        `fds` stay the caller's.  `tail` is the end of the payload, if that had better not be
+        copied; it must not change.  Raises RemoteError for an error reply, ConnectionLost.
         """
-        reply = await self.request_frame(command, payload, fds)
+        reply = await self.request_frame(command, payload, fds, tail)
         close_fds(reply.fds)
         return reply.payload
 
     async def request_frame(
-        self, command: Command, payload: Buffer = b"", fds: Sequence[int] = ()
+        self,
+        command: Command,
+        payload: Buffer = b"",
+        fds: Sequence[int] = (),
+        tail: Buffer = b"",
     ) -> Frame:
         """The same; the whole reply, and its `fds` are the caller's to close."""
         await self._room.acquire()
@@ -86,7 +95,8 @@ class Requests:
         message_id = self._next_id()
         request = self._waiting[message_id] = _Request(command)
         try:
-            await self._endpoint.send(encode_command(message_id, command, payload), fds)
+            message = encode_command(message_id, command, payload, tail_size=len(tail))
+            await self._endpoint.send(message, fds, tail)
             await request.answered.wait()
         except (trio.Cancelled, ConnectionLost):
             request.abandoned = True

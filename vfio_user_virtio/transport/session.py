@@ -237,7 +237,7 @@ class Session:
         self._count(frame.command)
         silent = frame.flags & NO_REPLY
         try:
-            message, fds = await commands.answer(frame)
+            message, fds, tail = await commands.answer(frame)
         except ClientError as error:
             self._errors += 1
             self._log_refusal(frame.command, error)
@@ -246,7 +246,7 @@ class Session:
             return
         if silent:
             return
-        self._endpoint.post(message, fds)
+        self._endpoint.post(message, fds, tail)
         if fds:
             await self._endpoint.flush()  # while the device still has them open
 
