@@ -60,7 +60,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 0
-_TOLD_ONCE: Final = frozenset({Command.DMA_MAP, Command.DEVICE_SET_IRQS, Command.DEVICE_RESET})
+_TOLD_ONCE: Final = frozenset(
+    {
+        Command.DMA_MAP,
+        Command.DEVICE_SET_IRQS,
+        Command.DEVICE_RESET,
+        Command.DEVICE_FEATURE,
+        Command.MIG_DATA_WRITE,
+    }
+)
 """Under this number, which no command has, those are counted that no specification knows."""
 
 
@@ -83,7 +91,7 @@ class Session:
         self._twin: Endpoint | None = None
         self._counts = dict.fromkeys((_UNKNOWN, *Command), 0)
         self._errors = 0
-        self._told: set[int] = set()
+        self._told: set[tuple[int, int]] = set()
         self._at_hand: Frame | None = None
         self._over = "it was stopped"
 
@@ -251,10 +259,12 @@ class Session:
             await self._endpoint.flush()  # while the device still has them open
 
     def _log_refusal(self, command: int, error: ClientError) -> None:
-        """What leaves a guest without memory or interrupts is told once, all else to who debugs."""
+        """What leaves a guest without memory or interrupts, or ends its migration, is told once,
+        all else to who debugs.  That there is no such feature is no news."""
         level = logging.DEBUG
-        if command in _TOLD_ONCE and command not in self._told:
-            self._told.add(command)
+        told = (command, error.errno)
+        if command in _TOLD_ONCE and error.errno != errno.ENOTTY and told not in self._told:
+            self._told.add(told)
             level = logging.WARNING
         logger.log(level, "%s: refused %s: %s", self.name, command_name(command), error)
 
