@@ -23,6 +23,7 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     max_tx_rate = "500mbit"
     access_vlan = 10
     allow_unsealed_memory = false
+    legacy = false                   # also a transitional device, for drivers before virtio 1.0
     pcap = "/var/tmp/vm1.pcap"       # capture of the member
     features = { HOST_USO = false }  # by the standard's names
 
@@ -82,12 +83,14 @@ SocketConfig: TypeAlias = SocketPath | SocketFd | InheritedSocket
 
 @attrs.frozen(kw_only=True)
 class ServedMember:
-    """A member and how it is served: `name` is for logs, `pcap` the path of a capture."""
+    """A member and how it is served: `name` is for logs, `pcap` the path of a capture, `legacy`
+    whether drivers of before virtio 1.0 find a device too."""
 
     name: str
     member: MemberConfig
     socket: SocketConfig = NEXT_INHERITED
     pcap: str | None = None
+    legacy: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -206,6 +209,7 @@ def _member(
         member=member,
         socket=_socket(table),
         pcap=table.parse("pcap", values.parse_path),
+        legacy=table.take("legacy", bool) or False,
     )
     table.finish()
     return served

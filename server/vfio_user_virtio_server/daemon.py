@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from vfio_user_virtio.backends.software.migratable import migratable_members
+from vfio_user_virtio.backends.software.migratable import administered, migratable_members
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.states import EVERYTHING, VFIO_USER
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio.migration.migratable_device import MigratableDevice
     from vfio_user_virtio_server.config import OwnerConfig, ServedMember
 
 _log: Final = logging.getLogger(__name__)
@@ -114,10 +113,22 @@ async def _main(
         raise failure
 
 
-async def _devices(config: OwnerConfig, owner: Owner) -> list[MigratableDevice]:
+async def _devices(config: OwnerConfig, owner: Owner) -> list[Device]:
     """The members of `owner` as what is served, in their order."""
     options = EVERYTHING if config.p2p else VFIO_USER
-    return list((await migratable_members(owner, options=options)).values())
+    parts_owner = await administered(owner)
+    members = await migratable_members(owner, options=options, parts_owner=parts_owner)
+    devices: list[Device] = []
+    for served in config.members:
+        member_id = served.member.member_id
+        device = members[member_id]
+        if served.legacy:
+            from vfio_user_virtio.backends.transitional import transitional
+
+            devices.append(await transitional(device, parts_owner.client, member_id))
+        else:
+            devices.append(device)
+    return devices
 
 
 async def _stop_on_signal(

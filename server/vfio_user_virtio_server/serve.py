@@ -40,6 +40,7 @@ DEVICE_OPTIONS: Final = (
     "pcap",
     "max_tx_rate",
     "allow_unsealed_memory",
+    "legacy",
     "no_p2p",
     "socket_mode",
     "socket_group",
@@ -127,6 +128,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trust the client not to shrink the files that back the guest's memory",
     )
     device.add_argument(
+        "--legacy",
+        action="store_true",
+        default=None,
+        help="also serve drivers of before virtio 1.0, by I/O ports (a transitional device)",
+    )
+    device.add_argument(
         "--no-p2p",
         action="store_true",
         default=None,
@@ -151,7 +158,13 @@ def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
         allow_unsealed_memory=bool(options.allow_unsealed_memory),
         **arguments,
     )
-    served = ServedMember(name=DEVICE_NAME, member=member, socket=socket, pcap=options.pcap)
+    served = ServedMember(
+        name=DEVICE_NAME,
+        member=member,
+        socket=socket,
+        pcap=options.pcap,
+        legacy=bool(options.legacy),
+    )
     owner = OwnerConfig(
         name="owner",
         members=(served,),

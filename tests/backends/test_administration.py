@@ -15,6 +15,7 @@ from vfio_user_virtio.virtio.admin import (
     CAPABILITY_OPCODES,
     COMMAND_HEADER_SIZE,
     DEV_PARTS_OPCODES,
+    LEGACY_OPCODES,
     Command,
     GroupType,
     Opcode,
@@ -103,7 +104,7 @@ def test_what_each_group_knows() -> None:
     known = decode_bits_untrusted(driver.result(commands.list_query(SELF)))
     assert known == lists | CAPABILITY_OPCODES
     known = decode_bits_untrusted(driver.result(commands.list_query(SR_IOV)))
-    assert known == lists | DEV_PARTS_OPCODES
+    assert known == lists | LEGACY_OPCODES | DEV_PARTS_OPCODES
     assert len(driver.result(commands.list_query(SR_IOV))) == 8
 
 
@@ -140,7 +141,7 @@ def test_parts_are_of_members_only(opcode: Opcode) -> None:
     assert ready().status(Command(opcode, SELF, 0)) == INVALID_OPCODE
 
 
-@pytest.mark.parametrize("opcode", [*range(2, 7), 0x12, 0x13, 0x7FFF, 0x8000, 0xFFFF])
+@pytest.mark.parametrize("opcode", [0x12, 0x13, 0x7FFF, 0x8000, 0xFFFF])
 def test_opcodes_that_are_not_offered(opcode: int) -> None:
     driver = ready()
     for group, member in ((SELF, 0), (SR_IOV, 1)):

@@ -77,12 +77,18 @@ def test_what_is_left_out_has_a_default() -> None:
     assert owner.members[0].socket == InheritedSocket(None)
     assert owner.members[0].member.mac != owner.members[1].member.mac
     assert not owner.members[0].member.allow_unsealed_memory
+    assert not owner.members[0].legacy
 
 
 @pytest.mark.parametrize("p2p", [False, True])
 def test_migration_states_are_the_owners(*, p2p: bool) -> None:
     (owner,) = parse(f"[[owner]]\np2p = {str(p2p).lower()}\n[[owner.member]]\n")
     assert owner.p2p == p2p
+
+
+def test_a_legacy_view_is_the_members() -> None:
+    (owner,) = parse("[[owner]]\n[[owner.member]]\nlegacy = true\n[[owner.member]]\n")
+    assert [served.legacy for served in owner.members] == [True, False]
 
 
 def test_two_files_on_one_host_do_not_make_the_same_addresses() -> None:

@@ -35,7 +35,7 @@ def test_every_option_arrives() -> None:
         *("--mac", "52:54:00:12:34:56", "--mtu", "9000", "--queue-pairs", "4"),
         *("--uplink", "tap:vnet0", "--pcap", "/tmp/p", "--max-tx-rate", "1gbit"),
         "--allow-unsealed-memory",
-        "--no-p2p",
+        *("--no-p2p", "--legacy"),
     )
     assert not made.p2p
     assert made.uplink == values.TapUplink("vnet0")
@@ -47,6 +47,7 @@ def test_every_option_arrives() -> None:
     assert (served.member.mtu, served.member.queue_pairs) == (9000, 4)
     assert served.member.max_tx_rate == 10**9
     assert served.member.allow_unsealed_memory
+    assert served.legacy
 
 
 def test_what_is_left_out_has_a_default() -> None:
@@ -57,6 +58,7 @@ def test_what_is_left_out_has_a_default() -> None:
     assert served.socket == InheritedSocket()
     assert served.member.mtu is None
     assert not served.member.allow_unsealed_memory
+    assert not served.legacy
 
 
 def test_a_passed_descriptor() -> None:

@@ -28,7 +28,7 @@ Where the text is silent or contradicts itself:
 * a result that does not fit is cut, only that of DEV_PARTS_METADATA_GET is ENOMEM instead
 * an object survives the reset of its member; what was set survives its object
 
-Legacy commands (2 to 6) are not offered.
+Legacy commands (2 to 6) are carried out by the member (`member.legacy`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from vfio_user_virtio.backends.software.parts_objects import PartsObjects, Refus
 from vfio_user_virtio.virtio.admin import (
     CAPABILITY_OPCODES,
     DEV_PARTS_OPCODES,
+    LEGACY_OPCODES,
     STATUS_SIZE,
     Answer,
     GroupType,
@@ -147,7 +148,7 @@ class Administration:
     def _reported(self, group: int) -> frozenset[int]:
         if group == GroupType.SELF:
             return frozenset(map(int, _LISTS | CAPABILITY_OPCODES))
-        known = _LISTS | DEV_PARTS_OPCODES
+        known = _LISTS | LEGACY_OPCODES | DEV_PARTS_OPCODES
         return frozenset(map(int, known | CAPABILITY_OPCODES if self._compat else known))
 
     # --- commands ------------------------------------------------------------------------------
@@ -189,6 +190,9 @@ class Administration:
     def _of_object(self, command: Command, room: int) -> bytes:
         return self.objects.execute(command, room)
 
+    def _of_member(self, command: Command, room: int) -> bytes:
+        return self._owner.members[command.member_id].legacy.execute_untrusted(command, room)
+
 
 def _capability_value(command: Command) -> bytes:
     """The bytes that follow the id of the only capability there is."""
@@ -205,5 +209,6 @@ _COMMANDS: Final[Mapping[int, Callable[[Administration, Command, int], bytes]]] 
     Opcode.DEVICE_CAP_GET: Administration._device_cap_get,
     Opcode.DRIVER_CAP_SET: Administration._driver_cap_set,
     **dict.fromkeys(DEV_PARTS_OPCODES - {Opcode.DEV_MODE_SET}, Administration._of_object),
+    **dict.fromkeys(LEGACY_OPCODES, Administration._of_member),
 }
 """What is done for each command with so much room for its result; DEV_MODE_SET may have to wait."""

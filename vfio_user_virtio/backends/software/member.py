@@ -30,6 +30,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.announcement import rarp_request
 from vfio_user_virtio.backends.software.dma_logging import MemberLogging
 from vfio_user_virtio.backends.software.function import Function
+from vfio_user_virtio.backends.software.member_legacy import MemberLegacy
 from vfio_user_virtio.backends.software.ports import (
     Offload,
     flow_bytes,
@@ -127,6 +128,7 @@ class Member:
         self.reserve = reception.reserve
         self.commit = reception.commit
         self.flush = reception.flush
+        self.legacy: Final = MemberLegacy(self)
         self.mode: Final = StoppedMode(self, self._queues)
         self.logging: Final = MemberLogging(name, self._queues)
 

@@ -25,15 +25,27 @@ if TYPE_CHECKING:
     from vfio_user_virtio.migration.states import Options
 
 
-async def migratable_members(
-    owner: Owner, *, options: Options = EVERYTHING, timing: DeviceTiming = NO_DELAY
-) -> dict[int, MigratableDevice]:
-    """A device for each member of `owner`, by member id; `options` are the states on offer."""
-    queue = SoftwareAdminQueue(Administration(owner), timing)
-    parts_owner = PartsOwner(AdminClient(queue))
+async def administered(owner: Owner, timing: DeviceTiming = NO_DELAY) -> PartsOwner:
+    """`owner` behind an administration virtqueue of its own, asked what it can do."""
+    parts_owner = PartsOwner(AdminClient(SoftwareAdminQueue(Administration(owner), timing)))
     support = await parts_owner.discover()
     if support.lack is not None:
         raise RuntimeError(f"the software owner cannot migrate its members: {support.lack}")
+    return parts_owner
+
+
+async def migratable_members(
+    owner: Owner,
+    *,
+    options: Options = EVERYTHING,
+    timing: DeviceTiming = NO_DELAY,
+    parts_owner: PartsOwner | None = None,
+) -> dict[int, MigratableDevice]:
+    """A device for each member of `owner`, by member id; `options` are the states on offer.
+
+    `parts_owner` is the result of `administered`, if there is one already.
+    """
+    parts_owner = parts_owner or await administered(owner, timing)
     return {
         member_id: MigratableDevice(
             member,
