@@ -31,6 +31,7 @@ from vfio_user_virtio.virtio.parts import (
     first_out_of_order,
     first_repeated,
     image_size,
+    image_untrusted,
     parse_parts_untrusted,
     strip_kernel_junk,
 )
@@ -76,6 +77,7 @@ def test_images_come_back(parts: list[Part]) -> None:
 def test_zeros_may_follow_the_last_part(parts: list[Part], zeros: int) -> None:
     """Fewer than a header has, or a header of zeros and then nothing else."""
     assert parse_parts_untrusted(encode_parts(parts) + bytes(zeros)) == parts
+    assert image_untrusted(bytearray(encode_parts(parts) + bytes(zeros))) == encode_parts(parts)
 
 
 @given(images, st.integers(0, 50), st.integers(1, 255))
@@ -85,6 +87,8 @@ def test_nothing_else_may_follow(parts: list[Part], zeros: int, byte: int) -> No
         parse_parts_untrusted(raw + bytes(zeros) + bytes((byte,)))
     assert caught.value.offset == len(raw)
     assert caught.value.errno == errno.EINVAL
+    with pytest.raises(PartsError):
+        image_untrusted(raw + bytes(zeros) + bytes((byte,)))
 
 
 def test_what_follows_is_named() -> None:

@@ -47,7 +47,12 @@ from vfio_user_virtio.migration.states import (
     STOP_COPY,
     path,
 )
-from vfio_user_virtio.migration.stream import StreamDecoder, encode_image, encode_private_record
+from vfio_user_virtio.migration.stream import (
+    RecordHeader,
+    StreamDecoder,
+    encode_private_record,
+    encode_record_header,
+)
 from vfio_user_virtio.virtio import admin_commands as commands
 from vfio_user_virtio.virtio.admin_commands import (
     COUNT_SIZE,
@@ -55,7 +60,7 @@ from vfio_user_virtio.virtio.admin_commands import (
     ObjectKind,
     decode_count_untrusted,
 )
-from vfio_user_virtio.virtio.parts import encode_parts, parse_parts_untrusted, strip_kernel_junk
+from vfio_user_virtio.virtio.parts import image_untrusted, strip_kernel_junk
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -161,7 +166,8 @@ class MemberMigration:
                 fresh = await self._image_size(self._object)
             info = saving.info(fresh)
             if saving.needs_refresh(fresh):
-                saving.queue(encode_image(await self._image()))
+                image = await self._image()
+                saving.queue(encode_record_header(RecordHeader(len(image))), image)
         except (AdminError, HostError) as error:
             raise ClientError(_errno_of(error), f"{self._name}: {error}") from error
         return info
@@ -328,7 +334,7 @@ class MemberMigration:
             )
         return size
 
-    async def _image(self) -> bytes:
+    async def _image(self) -> memoryview:
         """All parts, without the padding behind them."""
         assert self._object is not None
         command = commands.parts_get(self._member, self._object)
@@ -336,25 +342,26 @@ class MemberMigration:
             try:
                 size = await self._image_size(self._object)
                 blob = await self._owner.client.execute(command, _padded(size))
-                return encode_parts(parse_parts_untrusted(blob))
+                return image_untrusted(blob)
             except (AdminError, ClientError) as error:
                 grown = isinstance(error, ClientError) or error.errno == errno.ENOMEM
                 if not grown or attempt + 1 == limits.IMAGE_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def _record(self) -> tuple[bytes, ...]:
+    async def _record(self) -> tuple[Buffer, ...]:
         """An image as the stream has it; of a stopped device, with what parts cannot carry."""
-        image = encode_image(await self._image())
+        image = await self._image()
+        header = encode_record_header(RecordHeader(len(image)))
         if not self._stopped or self._private is None:
-            return (image,)
+            return header, image
         private = self._private.private_state()
         _log.info(
             "%s: a target that is not of this project goes without %s",
             self._name,
             ", ".join(lost_on_linux(private)),
         )
-        return image, encode_private_record(encode_private(private))
+        return header, image, encode_private_record(encode_private(private))
 
     async def _load(self, record: Record) -> None:
         self.half_loaded = True
@@ -365,13 +372,13 @@ class MemberMigration:
             if self._private is not None:
                 self._private.set_private_state_untrusted(state)
             return
-        image, had_junk = strip_kernel_junk(bytes(record.payload))
+        image, had_junk = strip_kernel_junk(record.payload)
         if had_junk:
             _log.warning(
                 "%s: the source is Linux 6.13.0 to 6.15.2: 8 bytes behind the image dropped",
                 self._name,
             )
-        parts = encode_parts(parse_parts_untrusted(image))
+        parts = image_untrusted(image)
         assert self._object is not None
         await self._owner.client.execute(commands.parts_set(self._member, self._object, parts))
 

@@ -61,7 +61,7 @@ class Record:
     """A record whose tag we know, complete."""
 
     tag: int
-    payload: bytes | bytearray
+    payload: bytearray
 
 
 def encode_record_header(header: RecordHeader) -> bytes:

@@ -148,8 +148,9 @@ _STATUSES: Final = frozenset(int(status) for status in Status)
 
 def encode_command(command: Command) -> bytes:
     """What the device reads."""
-    raw = _COMMAND.pack(command.opcode, command.group_type, command.member_id) + command.data
-    return raw if command.opcode in _WIDTH_IS_LENGTH else padded(raw)
+    head = _COMMAND.pack(command.opcode, command.group_type, command.member_id)
+    padding = 0 if command.opcode in _WIDTH_IS_LENGTH else -len(command.data) % ALIGNMENT
+    return b"".join((head, command.data, bytes(padding)))
 
 
 def decode_command_untrusted(readable: bytes) -> Command:

@@ -190,7 +190,7 @@ def parts_get(member: int, object_id: int, selected: bytes | None = None) -> Com
     return _of_object(Opcode.DEV_PARTS_GET, member, object_id, data)
 
 
-def parts_set(member: int, object_id: int, parts: bytes) -> Command:
+def parts_set(member: int, object_id: int, parts: bytes | memoryview) -> Command:
     """Set `parts`, end to end, of a member that is stopped."""
     return _of_object(Opcode.DEV_PARTS_SET, member, object_id, parts)
 
@@ -300,6 +300,6 @@ def _object_spec(opcode: Opcode, member: int, object_id: int, kind: ObjectKind) 
     return Command(opcode, GroupType.SR_IOV, member, data)
 
 
-def _of_object(opcode: Opcode, member: int, object_id: int, data: bytes) -> Command:
+def _of_object(opcode: Opcode, member: int, object_id: int, data: bytes | memoryview) -> Command:
     header = _OBJECT.pack(DEV_PARTS_OBJECT, object_id)
     return Command(opcode, GroupType.SR_IOV, member, header + data)

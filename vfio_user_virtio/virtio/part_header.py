@@ -202,7 +202,7 @@ def encode_part_header(header: PartHeader) -> bytes:
     return _HEADER.pack(header.type, header.flags, header.reserved, header.selector, header.length)
 
 
-def decode_part_header_untrusted(data: bytes, offset: int = 0) -> PartHeader:
+def decode_part_header_untrusted(data: bytes | bytearray, offset: int = 0) -> PartHeader:
     """The header in the 16 bytes at `offset`, which the caller knows to be there."""
     type_, flags, reserved, selector, length = _HEADER.unpack_from(data, offset)
     return PartHeader(type_, flags, selector, length, reserved)

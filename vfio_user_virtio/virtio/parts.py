@@ -15,7 +15,7 @@ does not fit; the owner of a device turns it into a status instead.  What the va
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import attrs
 
@@ -37,6 +37,8 @@ from vfio_user_virtio.virtio.part_header import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_Blob = TypeVar("_Blob", bytes, bytearray)
 
 END_OF_LIST: Final = bytes(PART_HEADER_SIZE)
 
@@ -96,18 +98,27 @@ def image_size(parts: Iterable[Part]) -> int:
 
 def parse_parts_untrusted(blob: bytes) -> list[Part]:
     """The parts of an image.  Values and order are not looked at.  Raises PartsError."""
-    parts, end = _walk(blob)
-    if blob.count(0, end) != len(blob) - end:
-        after = f"after {parts[-1].name}" if parts else "at the start"
-        raise PartsError(
-            "no part",
-            end,
-            f"the {len(blob) - end} bytes {after} are neither a part nor zeros",
+    found, _ = _whole_untrusted(blob)
+    return [
+        Part(
+            header.type,
+            blob[start : start + header.length],
+            header.selector,
+            header.flags,
+            header.reserved,
+            offset=start - PART_HEADER_SIZE,
         )
-    return parts
+        for header, start in found
+    ]
 
 
-def strip_kernel_junk(blob: bytes) -> tuple[bytes, bool]:
+def image_untrusted(blob: bytes | bytearray) -> memoryview:
+    """`blob` without what follows its last part; nothing is copied.  Raises PartsError as
+    `parse_parts_untrusted` does."""
+    return memoryview(blob)[: _whole_untrusted(blob)[1]]
+
+
+def strip_kernel_junk(blob: _Blob) -> tuple[_Blob, bool]:
     """`blob` without the bytes that Linux 6.13.0 to 6.15.2 append to an image, and whether any
     were there.
 
@@ -116,7 +127,7 @@ def strip_kernel_junk(blob: bytes) -> tuple[bytes, bool]:
     no reason to write 8 of its own.  A blob that cannot be walked is returned as it is.
     """
     try:
-        _, end = _walk(blob)
+        _, end = _walk_untrusted(blob)
     except PartsError:
         return blob, False
     rest = len(blob) - end
@@ -126,15 +137,32 @@ def strip_kernel_junk(blob: bytes) -> tuple[bytes, bool]:
     return blob, False
 
 
-def _walk(blob: bytes) -> tuple[list[Part], int]:
-    """The whole parts at the front of `blob`, and where they end: at fewer bytes than a header has,
-    or at a header of zeros.  Raises PartsError."""
-    parts: list[Part] = []
+_Found: TypeAlias = tuple[list[tuple[PartHeader, int]], int]
+"""Headers, where their values start, and where the last value ends."""
+
+
+def _whole_untrusted(blob: bytes | bytearray) -> _Found:
+    """The parts of `blob`, which are all that is in it.  Raises PartsError."""
+    found, end = _walk_untrusted(blob)
+    if blob.count(0, end) != len(blob) - end:
+        after = f"after {found[-1][0].name}" if found else "at the start"
+        raise PartsError(
+            "no part",
+            end,
+            f"the {len(blob) - end} bytes {after} are neither a part nor zeros",
+        )
+    return found, end
+
+
+def _walk_untrusted(blob: bytes | bytearray) -> _Found:
+    """The whole parts at the front of `blob`: they end at fewer bytes than a header has, or at a
+    header of zeros.  Raises PartsError."""
+    found: list[tuple[PartHeader, int]] = []
     offset = 0
     while len(blob) - offset >= PART_HEADER_SIZE and not blob.startswith(END_OF_LIST, offset):
         header = decode_part_header_untrusted(blob, offset)
         start = offset + PART_HEADER_SIZE
-        if len(parts) == limits.MAX_PARTS:
+        if len(found) == limits.MAX_PARTS:
             raise PartsError(
                 header.name, offset, f"an image may not have more than {limits.MAX_PARTS} parts"
             )
@@ -150,12 +178,9 @@ def _walk(blob: bytes) -> tuple[list[Part], int]:
                 offset,
                 f"its value has {header.length} bytes, {len(blob) - start} are there",
             )
-        value = blob[start : start + header.length]
-        parts.append(
-            Part(header.type, value, header.selector, header.flags, header.reserved, offset=offset)
-        )
+        found.append((header, start))
         offset = start + header.length
-    return parts, offset
+    return found, offset
 
 
 # --- headers alone ------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class DeviceTiming:
 
 
 NO_DELAY: Final = DeviceTiming()
+_ENOUGH: Final = 64
+"""Bytes of a command that say whom it is for, and which object; there may be 64 MiB behind."""
 
 
 class SoftwareAdminQueue:
@@ -59,7 +61,7 @@ class SoftwareAdminQueue:
 
         A call that is cancelled may have been carried out.
         """
-        command = decode_command_untrusted(readable)
+        command = decode_command_untrusted(readable[:_ENOUGH])  # who is meant, and which object
         async with self._lock(command):
             written = await self._administration.execute(readable, writable)
             seconds = self._seconds(command, written)
