@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.vfio.address_space import IoAddressSpace
     from vfio_user_virtio.device import DmaAccess
 
-CONTAINER_PATH: Final = "/dev/vfio/vfio"
-GROUP_PATH: Final = "/dev/vfio/{}"
+DEV: Final = Path("/dev")
 
 _OPEN_REMEDIES: Final = {
     errno.ENOENT: "load the kernel modules vfio-pci and vfio_iommu_type1, and bind the device",
@@ -149,8 +149,18 @@ class NoIommuSpace:
         )
 
 
+def group_path(group: int, *, noiommu: bool = False, dev: Path = DEV) -> Path:
+    """The node of a group, which is there if a driver of VFIO has a device of it."""
+    return dev / "vfio" / (f"noiommu-{group}" if noiommu else str(group))
+
+
 def open_by_group(
-    address: str, group: int, vf_token: uuid.UUID | None = None, *, noiommu: bool = False
+    address: str,
+    group: int,
+    vf_token: uuid.UUID | None = None,
+    *,
+    noiommu: bool = False,
+    dev: Path = DEV,
 ) -> tuple[VfioDevice, IoAddressSpace]:
     """Open the function at `address`, which is in IOMMU group `group`, with a space of its own.
 
@@ -158,8 +168,8 @@ def open_by_group(
     """
     fds: list[int] = []
     try:
-        path = GROUP_PATH.format(f"noiommu-{group}" if noiommu else group)
-        container = _open(CONTAINER_PATH, fds)
+        path = group_path(group, noiommu=noiommu, dev=dev)
+        container = _open(dev / "vfio/vfio", fds)
         group_fd = _open(path, fds)
         _check_group(group_fd, path)
         ioctl(
@@ -196,20 +206,20 @@ def open_by_group(
         raise
 
 
-def _open(path: str, fds: list[int]) -> int:
+def _open(path: Path, fds: list[int]) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise refusal(error, path, _OPEN_REMEDIES) from error
+        raise refusal(error, str(path), _OPEN_REMEDIES) from error
     fds.append(fd)
     return fd
 
 
-def _check_group(fd: int, path: str) -> None:
+def _check_group(fd: int, path: Path) -> None:
     answer = uapi.encode_group_status()
     ioctl(fd, GroupIoctl.GET_STATUS, answer, what=f"{path}: asking for its status")
     if not uapi.decode_group_status(answer) & GroupFlags.VIABLE:
-        members = f"/sys/kernel/iommu_groups/{path.rpartition('/')[2]}/devices"
+        members = f"/sys/kernel/iommu_groups/{path.name}/devices"
         raise HostError(
             f"{path}: the group is not viable: another device of it is bound to a driver of the "
             f"host; bind every device in {members} to vfio-pci, or unbind it",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio.backends.vfio import iommufd_uapi as codec
@@ -35,8 +36,9 @@ from vfio_user_virtio.device import DmaAccess
 if TYPE_CHECKING:
     import uuid
 
-IOMMUFD_PATH: Final = "/dev/iommu"
-CDEV_PATH: Final = "/dev/vfio/devices/{}"
+DEV: Final = Path("/dev")
+IOMMUFD: Final = "iommu"
+CDEVS: Final = "vfio/devices"
 
 _OPEN_REMEDIES: Final = {
     errno.ENOENT: "the kernel has no iommufd or no device nodes of VFIO (Linux 6.6, "
@@ -179,16 +181,15 @@ class IommufdSpace:
 
 
 def open_by_cdev(
-    address: str, node: str, vf_token: uuid.UUID | None = None
+    address: str, node: str, vf_token: uuid.UUID | None = None, *, dev: Path = DEV
 ) -> tuple[VfioDevice, IommufdSpace]:
     """Open the function at `address`, whose node is /dev/vfio/devices/`node`, with a space of its
     own.  Raises HostError; the kernel's refusals as KernelRefusal.
     """
-    path = CDEV_PATH.format(node)
-    iommufd = _open(IOMMUFD_PATH)
+    iommufd = _open(dev / IOMMUFD)
     try:
         space = IommufdSpace(iommufd)
-        fd = _open(path)
+        fd = _open(dev / CDEVS / node)
         try:
             space.attach(fd, _bind(fd, iommufd, address, vf_token), address)
         except BaseException:
@@ -208,8 +209,8 @@ def _bind(fd: int, iommufd: int, address: str, vf_token: uuid.UUID | None) -> in
     return codec.decode_bind(answer)
 
 
-def _open(path: str) -> int:
+def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise refusal(error, path, _OPEN_REMEDIES) from error
+        raise refusal(error, str(path), _OPEN_REMEDIES) from error

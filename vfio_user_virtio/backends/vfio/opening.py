@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from vfio_user_virtio.backends.vfio import sysfs
-from vfio_user_virtio.backends.vfio.group import GROUP_PATH, open_by_group
-from vfio_user_virtio.backends.vfio.iommufd import CDEV_PATH, IOMMUFD_PATH, open_by_cdev
+from vfio_user_virtio.backends.vfio.group import group_path, open_by_group
+from vfio_user_virtio.backends.vfio.iommufd import CDEVS, DEV, IOMMUFD, open_by_cdev
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
 from vfio_user_virtio.errors import HostError
 
@@ -74,7 +74,11 @@ class OpenedFunction:
 
 
 def open_function(
-    address: PciAddress, options: OpenOptions | None = None, *, root: Path = sysfs.SYS
+    address: PciAddress,
+    options: OpenOptions | None = None,
+    *,
+    root: Path = sysfs.SYS,
+    dev: Path = DEV,
 ) -> OpenedFunction:
     """Open the function at `address`.  Blocks while it is reset, for 0.1 s or more.
 
@@ -82,11 +86,11 @@ def open_function(
     """
     options = options or OpenOptions()
     _check_driver(address, root)
-    ways = [options.way] if options.way else _offered(address, options, root)
+    ways = [options.way] if options.way else _offered(address, options, root, dev)
     while True:
         way = ways.pop(0)
         try:
-            device, space = _open(address, way, options, root)
+            device, space = _open(address, way, options, root, dev)
         except KernelRefusal as error:
             if not (way is Way.CDEV and options.vf_token and error.errno in _NO_TOKENS and ways):
                 raise
@@ -107,15 +111,15 @@ def _check_driver(address: PciAddress, root: Path) -> None:
         )
 
 
-def _offered(address: PciAddress, options: OpenOptions, root: Path) -> list[Way]:
+def _offered(address: PciAddress, options: OpenOptions, root: Path, dev: Path) -> list[Way]:
     node = sysfs.vfio_cdev(address, root)
     group = sysfs.iommu_group(address, root)
     ways = []
-    if node and os.path.exists(CDEV_PATH.format(node)) and os.path.exists(IOMMUFD_PATH):
+    if node and (dev / CDEVS / node).exists() and (dev / IOMMUFD).exists():
         ways.append(Way.CDEV)
-    if group is not None and os.path.exists(GROUP_PATH.format(group)):
+    if group is not None and group_path(group, dev=dev).exists():
         ways.append(Way.GROUP)
-    noiommu = group is not None and os.path.exists(GROUP_PATH.format(f"noiommu-{group}"))
+    noiommu = group is not None and group_path(group, noiommu=True, dev=dev).exists()
     if noiommu and options.unsafe_noiommu:
         return [Way.NOIOMMU]
     if ways:
@@ -134,7 +138,7 @@ def _offered(address: PciAddress, options: OpenOptions, root: Path) -> list[Way]
 
 
 def _open(
-    address: PciAddress, way: Way, options: OpenOptions, root: Path
+    address: PciAddress, way: Way, options: OpenOptions, root: Path, dev: Path
 ) -> tuple[VfioDevice, IoAddressSpace]:
     if way is Way.CDEV:
         node = sysfs.vfio_cdev(address, root)
@@ -144,7 +148,7 @@ def _open(
                 "CONFIG_VFIO_DEVICE_CDEV (Linux 6.6)",
                 exit_code=os.EX_UNAVAILABLE,
             )
-        return open_by_cdev(str(address), node, options.vf_token)
+        return open_by_cdev(str(address), node, options.vf_token, dev=dev)
     group = sysfs.iommu_group(address, root)
     if group is None:
         raise HostError(
@@ -158,4 +162,4 @@ def _open(
             "allow unsafe_noiommu if that is what you want",
             exit_code=os.EX_USAGE,
         )
-    return open_by_group(str(address), group, options.vf_token, noiommu=noiommu)
+    return open_by_group(str(address), group, options.vf_token, noiommu=noiommu, dev=dev)
