@@ -144,6 +144,7 @@ class VfioOwner:
         Raises HostError if it does not come back.
         """
         self._fail("it is being reset")
+        await self._transport.open()
         try:
             await self._transport.reset()
         except HostError as error:
@@ -152,7 +153,7 @@ class VfioOwner:
                 await self._access.reset()
             await self._transport.open()
             await self._transport.reset()
-            await self._take_interrupts()
+        await self._take_interrupts()
         await self._bring_up()
         _log.info("%s: the owner is back; its objects and lists are gone", self.name)
 
