@@ -153,6 +153,11 @@ class MemberMigration:
                 await self._load(record)
             except (AdminError, HostError) as error:
                 raise ClientError(_errno_of(error), f"{self._name}: {error}") from error
+            except MemoryError:
+                size = len(record.payload)
+                raise ClientError(
+                    errno.ENOMEM, f"{self._name}: no memory to set an image of {size} bytes"
+                ) from None
 
     async def precopy_info(self) -> PrecopyInfo:
         """How much there is to read, by the kernel's accounting; may queue a new image."""

@@ -139,7 +139,8 @@ class StreamDecoder:
 
         `data` must stay as it is until the iterator is at its end.  An iterator that is left before
         its end leaves a stream that cannot be continued, which is right if setting an image failed.
-        Raises ClientError: what `decode_record_header_untrusted` says, and ENODEV ever after.
+        Raises ClientError: what `decode_record_header_untrusted` says, ENOMEM if there is no memory
+        for a record, and ENODEV ever after.
         """
         self._check_sound()
         self._failed = "its last piece was not taken to the end"
@@ -200,7 +201,12 @@ class StreamDecoder:
     def _take_payload(self, header: RecordHeader, data: memoryview) -> memoryview:
         piece = data[: self._left]
         if header.tag in _KNOWN_TAGS:
-            self._payload += piece
+            try:
+                self._payload += piece
+            except MemoryError:
+                self._payload = bytearray()
+                self._failed = f"there was no memory for a record of {header.record_size} bytes"
+                raise ClientError(errno.ENOMEM, f"the migration stream: {self._failed}") from None
         self._left -= len(piece)
         return data[len(piece) :]
 
