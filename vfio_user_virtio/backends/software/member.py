@@ -111,6 +111,7 @@ class Member:
         self.state = self._initial_state()
         self._switch = switch
         self.link_up = True
+        self._plugged = self._wired = True
         self._in_session = False
         self._left_over = False
         """The driver was ready in an earlier session, and has not been heard of in this one."""
@@ -360,8 +361,20 @@ class Member:
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it."""
+        self._plugged = up
+        self._update_link()
+
+    def set_wired(self, wired: bool) -> None:
+        """Whether the cable leads to somebody; the guest does not see the difference."""
+        self._wired = wired
+        self._update_link()
+
+    def _update_link(self) -> None:
+        up = self._plugged and self._wired
         if up != self.link_up:
             self.link_up = up
+            if self._in_session:
+                _log.info("%s: the guest's link is %s", self.name, "up" if up else "down")
             self._config_changed()
             self._switch.refresh()
 

@@ -2,6 +2,14 @@
 
 This is the model of a PF with its VFs.  A member's id is its VF number; ids and MAC addresses are
 unique within an owner.  An owner lives as long as the daemon, whoever connects to its members.
+
+The link of a member that is alone on a wired switch is that of the uplink, as a Virtual Function's
+is that of the port (``ip link set … vf 0 state auto``): a peer that is not there, a passt that has
+ended or a TAP device that was deleted is a pulled cable to the guest, which can turn to another
+interface, and when the peer is back, so is the link, and the guest asks for its address anew.  Two
+members or more always have their link (``state enable``), since they reach each other without an
+uplink, and to take that from them would be worse than to lose frames.  A datagram uplink has no
+peer that could be missed, and a TAP device that is only set down is not noticed.
 """
 
 from __future__ import annotations
@@ -38,8 +46,10 @@ class Owner:
         self.name = name
         self.members: dict[int, Member] = {}
         self._alarm = Alarm()
-        self.switch = Switch(alarm=self._alarm.set, clock=trio.current_time)
         self._uplinks: list[RunnableUplink] = []
+        self.switch = Switch(
+            alarm=self._alarm.set, clock=trio.current_time, changed=self._ports_changed
+        )
 
     def add_member(self, config: MemberConfig, name: str | None = None) -> Member:
         """Make a member and plug it in.  Raises ConfigError if its id or address is taken."""
@@ -71,6 +81,12 @@ class Owner:
         """Wire the switch to `uplink`, which was made for `switch`; before `run`."""
         self._uplinks.append(uplink)
         self.switch.plug_uplink(uplink)
+
+    def _ports_changed(self) -> None:
+        alone = len(self.members) == 1 and len(self._uplinks) > 0
+        wired = not alone or any(uplink.up for uplink in self._uplinks)
+        for member in self.members.values():
+            member.set_wired(wired)
 
     async def run(self) -> None:
         """Run the switch and its uplinks until cancelled."""

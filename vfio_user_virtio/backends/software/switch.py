@@ -56,7 +56,8 @@ class Switch:
     """A switch whose ports are told apart by identity.
 
     `alarm(delay)` must see to it that `expired` is called in `delay` seconds at the latest (see
-    `alarm.Alarm`).  `clock` gives seconds and never goes back.
+    `alarm.Alarm`).  `clock` gives seconds and never goes back.  `changed` is called whenever a port
+    may have come up or gone down.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Switch:
         alarm: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
         table: ForwardingTable[SwitchPort] | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._alarm = alarm
         self._clock = clock
+        self._changed = changed
         self._table: ForwardingTable[SwitchPort] = ForwardingTable() if table is None else table
         self._ports: dict[Port, SwitchPort] = {}
         self._uplinks: tuple[Uplink, ...] = ()
@@ -118,6 +121,7 @@ class Switch:
         for at in were_direct:
             if at.direct is None and at.sender is not None:
                 at.sender.resume()  # it may wait for room that it no longer needs
+        self._changed()
 
     def capture(self, port: Port, capture: Capture | None) -> None:
         """Record what passes at a port from now on, or stop that.  Direct paths end meanwhile."""
