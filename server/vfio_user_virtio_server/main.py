@@ -54,6 +54,9 @@ COMMANDS: Final = {
         "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
     ),
     "image": _Command("vfio_user_virtio_server.image", "look into saved migration streams"),
+    "check": _Command(
+        "vfio_user_virtio_server.check", "tell what this host lacks for serving physical VFs"
+    ),
 }
 
 
