@@ -10,6 +10,13 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     pcap = "/var/tmp/blue.pcap"      # capture of the uplink
     p2p = true                       # migration states ..._P2P, beside the specification's
 
+    [owner.pf]                       # serve the owner too: its client, not we, migrates members
+    name = "pf"                      # default: OWNER-pf
+    socket_path = "/run/pf.sock"     # or as a member's
+    mac = "52:54:00:12:34:55"        # default: derived likewise
+    sr_iov = false                   # offer the feature SR_IOV
+    allow_unsealed_memory = false
+
     [[owner.member]]                 # one device; its member id is its place, from 1
     name = "vm1"                     # default: OWNER-1, OWNER-2, …
     socket_path = "/run/vm1.sock"    # or fd = 3, or fd_name = "vm1", or none of them:
@@ -44,6 +51,7 @@ from vfio_user_virtio.backends.software.config import (
     OPTIONAL_FEATURES,
     MemberConfig,
 )
+from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
 from vfio_user_virtio.errors import ConfigError, HostError
 from vfio_user_virtio.virtio.features import Feature, feature_names
 from vfio_user_virtio_server import values
@@ -92,12 +100,33 @@ class ServedMember:
     pcap: str | None = None
     legacy: bool = False
 
+    @property
+    def mac(self) -> bytes:
+        return self.member.mac
+
+
+@attrs.frozen(kw_only=True)
+class ServedPf:
+    """An owner as a PCI function of its own, and how it is served."""
+
+    name: str
+    function: OwnerFunctionConfig
+    socket: SocketConfig = NEXT_INHERITED
+
+    @property
+    def mac(self) -> bytes:
+        return self.function.mac
+
+
+Served: TypeAlias = ServedMember | ServedPf
+
 
 @attrs.frozen(kw_only=True)
 class OwnerConfig:
     """An owner with the uplink of its switch and 1 … 255 members; `pcap` captures the uplink.
 
     `p2p`: whether members have the migration states …_P2P, beside the vfio-user specification's.
+    `pf`: the owner is served as well; members then migrate by its commands, not by their sockets.
     """
 
     name: str
@@ -105,6 +134,12 @@ class OwnerConfig:
     uplink: values.UplinkConfig = values.NO_UPLINK
     pcap: str | None = None
     p2p: bool = True
+    pf: ServedPf | None = None
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """All that is served, in the order in which sockets are taken."""
+        return self.members if self.pf is None else (*self.members, self.pf)
 
 
 CONFIGURABLE_FEATURES: Final = (DEFAULT_FEATURES | OPTIONAL_FEATURES) & ~(
@@ -169,6 +204,7 @@ def _owner(table: Table, *, default_name: str, file: str, seed: bytes) -> OwnerC
         uplink=table.parse("uplink", values.parse_uplink) or values.NO_UPLINK,
         pcap=table.parse("pcap", values.parse_path),
         p2p=table.take("p2p", bool) is not False,
+        pf=_pf(table.table("pf"), owner_name=name, file=file, seed=seed),
         members=tuple(
             _member(member, member_id=number, owner_name=name, file=file, seed=seed)
             for number, member in enumerate(tables, 1)
@@ -215,6 +251,24 @@ def _member(
     return served
 
 
+def _pf(table: Table, *, owner_name: str, file: str, seed: bytes) -> ServedPf | None:
+    if not table.keys():
+        return None
+    name = table.parse("name", values.parse_name) or f"{owner_name}-pf"
+    pf = ServedPf(
+        name=name,
+        function=OwnerFunctionConfig(
+            mac=table.parse("mac", values.parse_mac)
+            or values.derived_mac(file, owner_name, name, seed=seed),
+            sr_iov=table.take("sr_iov", bool) or False,
+            allow_unsealed_memory=table.take("allow_unsealed_memory", bool) or False,
+        ),
+        socket=_socket(table),
+    )
+    table.finish()
+    return pf
+
+
 def _socket(table: Table) -> SocketConfig:
     path = table.parse("socket_path", values.parse_socket_path)
     mode = table.parse("socket_mode", values.parse_mode)
@@ -255,6 +309,12 @@ def check(owners: Sequence[OwnerConfig], where: str) -> None:
     MAC addresses must differ in the whole file, since nothing says that two uplinks do not lead to
     the same network.
     """
+    for owner in owners:
+        if owner.pf is not None and any(served.legacy for served in owner.members):
+            raise ConfigError(
+                f"{where}: owner {owner.name} serves its PF, whose client then has the legacy "
+                "commands; take legacy off its members, or do not serve the PF"
+            )
     seen: dict[tuple[str, object], str] = {}
     for kind, value, place in _unique_values(owners):
         shown = values.format_mac(value) if isinstance(value, bytes) else value
@@ -277,10 +337,11 @@ def _unique_values(owners: Sequence[OwnerConfig]) -> Iterator[tuple[str, str | i
                 yield "path", os.path.abspath(path), place
         if owner.pcap is not None:
             yield "path", os.path.abspath(owner.pcap), place
-        for served in owner.members:
-            place = f"member {served.name} of owner {owner.name}"
+        for served in owner.served:
+            kind = "member" if isinstance(served, ServedMember) else "PF"
+            place = f"{kind} {served.name} of owner {owner.name}"
             yield "member name", served.name, place
-            yield "MAC address", served.member.mac, place
+            yield "MAC address", served.mac, place
             match served.socket:
                 case SocketPath(path, _, _):
                     yield "path", os.path.abspath(path), place
@@ -288,5 +349,5 @@ def _unique_values(owners: Sequence[OwnerConfig]) -> Iterator[tuple[str, str | i
                     yield "descriptor", fd, place
                 case InheritedSocket(fd_name) if fd_name is not None:
                     yield "passed socket", fd_name, place
-            if served.pcap is not None:
+            if isinstance(served, ServedMember) and served.pcap is not None:
                 yield "path", os.path.abspath(served.pcap), place

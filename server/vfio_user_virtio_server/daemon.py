@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio_server.config import OwnerConfig, ServedMember
+    from vfio_user_virtio_server.config import OwnerConfig, Served
 
 _log: Final = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ async def _main(
 ) -> None:
     with contextlib.ExitStack() as closers:
         signals = closers.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
-        members = [served for config in configs for served in config.members]
-        doors = _open_doors(members, passed, closers)
+        everything = [served for config in configs for served in config.served]
+        doors = _open_doors(everything, passed, closers)
         owners = [assemble(config, closers) for config in configs]
         broken: list[str] = []
         devices = [
@@ -94,7 +94,7 @@ async def _main(
                     outer.start_soon(owner.run)
                 async with trio.open_nursery() as clients:
                     outer.start_soon(_stop_on_signal, signals, clients, doors, manager)
-                    for served, device, door in zip(members, devices, doors, strict=True):
+                    for served, device, door in zip(everything, devices, doors, strict=True):
                         clients.start_soon(
                             _serve_device, served.name, device, door, one_off, broken
                         )
@@ -114,7 +114,15 @@ async def _main(
 
 
 async def _devices(config: OwnerConfig, owner: Owner) -> list[Device]:
-    """The members of `owner` as what is served, in their order."""
+    """What is served of `owner`, in the order of `OwnerConfig.served`.
+
+    Members of an owner that is served itself are left to its client: it migrates them, if anybody.
+    """
+    if config.pf is not None:
+        from vfio_user_virtio.backends.software.owner_function import OwnerFunction
+
+        function = OwnerFunction(config.pf.name, config.pf.function, owner)
+        return [*owner.members.values(), function]
     options = EVERYTHING if config.p2p else VFIO_USER
     parts_owner = await administered(owner)
     members = await migratable_members(owner, options=options, parts_owner=parts_owner)
@@ -177,20 +185,20 @@ async def _accept_one(door: _Door) -> socket.socket:
 
 
 def _open_doors(
-    members: Sequence[ServedMember],
+    everything: Sequence[Served],
     passed: Sequence[activation.Inherited],
     closers: contextlib.ExitStack,
 ) -> list[_Door]:
-    """A door for each member, in their order.  Raises HostError, ConfigError."""
+    """A door for all that is served, in its order.  Raises HostError, ConfigError."""
     wanted = {
         served.name: served.socket
-        for served in members
+        for served in everything
         if isinstance(served.socket, InheritedSocket)
     }
     numbers = activation.assign(list(wanted.values()), passed, list(wanted))
     inherited = dict(zip(wanted, numbers, strict=True))
     doors = []
-    for served in members:
+    for served in everything:
         match served.socket:
             case SocketPath() as place:
                 listener = sockets.listen_at(place)
@@ -202,7 +210,7 @@ def _open_doors(
                 door, where = _adopted(inherited[served.name], "LISTEN_FDS")
         closers.callback(door.close)
         doors.append(door)
-        mac = served.member.mac.hex(":")
+        mac = served.mac.hex(":")
         _log.info("%s: MAC address %s, clients come by %s", served.name, mac, where)
     return doors
 

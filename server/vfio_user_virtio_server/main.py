@@ -54,6 +54,8 @@ COMMANDS: Final = {
         "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
     ),
     "image": _Command("vfio_user_virtio_server.image", "look into saved migration streams"),
+    "bind": _Command("vfio_user_virtio_server.bind", "give PCI functions to vfio-pci"),
+    "unbind": _Command("vfio_user_virtio_server.bind", "give PCI functions back to the kernel"),
     "check": _Command(
         "vfio_user_virtio_server.check", "tell what this host lacks for serving physical VFs"
     ),

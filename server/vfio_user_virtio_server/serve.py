@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio.backends.software.config import MemberConfig
+from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import activation, values
 from vfio_user_virtio_server.arguments import argument
@@ -20,6 +21,7 @@ from vfio_user_virtio_server.config import (
     NEXT_INHERITED,
     OwnerConfig,
     ServedMember,
+    ServedPf,
     SocketConfig,
     SocketFd,
     SocketPath,
@@ -42,6 +44,7 @@ DEVICE_OPTIONS: Final = (
     "allow_unsealed_memory",
     "legacy",
     "no_p2p",
+    "pf_socket_path",
     "socket_mode",
     "socket_group",
 )
@@ -49,6 +52,9 @@ DEVICE_OPTIONS: Final = (
 
 DEVICE_NAME: Final = "device"
 """What logs call the one device that options describe."""
+
+PF_NAME: Final = "pf"
+"""What logs call its owner, where that is served too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="offer only the migration states of the vfio-user specification",
     )
+    device.add_argument(
+        "--pf-socket-path",
+        metavar="PATH",
+        type=argument(values.parse_socket_path),
+        help="serve the device's owner too, a PF with an administration virtqueue, whose client "
+        "migrates the device then",
+    )
 
 
 def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
@@ -170,6 +183,7 @@ def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
         members=(served,),
         uplink=options.uplink or values.NO_UPLINK,
         p2p=not options.no_p2p,
+        pf=_pf(options),
     )
     check((owner,), "options")
     return (owner,)
@@ -190,6 +204,17 @@ def _socket(options: argparse.Namespace) -> SocketConfig:
             option = "--" + name.replace("_", "-")
             raise _usage(f"{option} is for a socket made here; add --socket-path")
     return NEXT_INHERITED if options.fd is None else SocketFd(options.fd)
+
+
+def _pf(options: argparse.Namespace) -> ServedPf | None:
+    path = options.pf_socket_path
+    if path is None:
+        return None
+    socket = SocketPath(path, options.socket_mode, options.socket_group)
+    function = OwnerFunctionConfig(
+        mac=_made_mac(socket), allow_unsealed_memory=bool(options.allow_unsealed_memory)
+    )
+    return ServedPf(name=PF_NAME, function=function, socket=socket)
 
 
 def _made_mac(socket: SocketConfig) -> bytes:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 from tests.backends.administration_rig import a_config
 from vfio_user_virtio.backends.software.admin_queue import NO_DELAY
 from vfio_user_virtio.backends.software.owner import Owner
-from vfio_user_virtio.backends.software.owner_function import OwnerFunction, OwnerFunctionConfig
+from vfio_user_virtio.backends.software.owner_function import OwnerFunction
+from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
 from vfio_user_virtio.backends.vfio.owner import VfioOwner, owned
 from vfio_user_virtio.migration.admin_client import AdminClient
 from vfio_user_virtio.migration.parts_owner import PartsOwner

@@ -12,7 +12,7 @@ import trio
 from tests.backends.owner_function_rig import PF_MAC, Pf
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.admin_queue import DeviceTiming
-from vfio_user_virtio.backends.software.owner_function import ADMIN_QUEUE
+from vfio_user_virtio.backends.software.owner_function_config import ADMIN_QUEUE
 from vfio_user_virtio.errors import RemoteError
 from vfio_user_virtio.testing.driver_queue import DriverQueue
 from vfio_user_virtio.testing.guest_ram import GuestRam

@@ -23,19 +23,18 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-import attrs
-
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.admin_queue import NO_DELAY, SoftwareAdminQueue
 from vfio_user_virtio.backends.software.administration import Administration
 from vfio_user_virtio.backends.software.function import Function
+from vfio_user_virtio.backends.software.owner_function_config import ADMIN_QUEUE
 from vfio_user_virtio.backends.software.owner_function_queue import AdminVirtqueue
 from vfio_user_virtio.device import ResetCause
 from vfio_user_virtio.errors import ClientError, DriverError
 from vfio_user_virtio.memory.access import GuestAccess
 from vfio_user_virtio.memory.guest_memory import GuestMemory
 from vfio_user_virtio.pci.config_space import ConfigEvents
-from vfio_user_virtio.virtio.features import Feature, feature_names, mask_of
+from vfio_user_virtio.virtio.features import Feature, feature_names
 from vfio_user_virtio.virtio.net_config import DUPLEX_UNKNOWN, NetConfig, NetStatus
 from vfio_user_virtio.virtio.slow_queue import SlowQueue
 from vfio_user_virtio.virtio.split_queue import check_alignment_untrusted
@@ -43,6 +42,7 @@ from vfio_user_virtio.virtio.split_queue import check_alignment_untrusted
 if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.admin_queue import DeviceTiming
     from vfio_user_virtio.backends.software.owner import Owner
+    from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
     from vfio_user_virtio.device import (
         DeviceInfo,
         DmaMapping,
@@ -54,50 +54,6 @@ if TYPE_CHECKING:
     )
 
 _log: Final = logging.getLogger(__name__)
-
-OWNER_FEATURES: Final = mask_of(
-    (
-        Feature.MAC,
-        Feature.STATUS,
-        Feature.INDIRECT_DESC,
-        Feature.EVENT_IDX,
-        Feature.VERSION_1,
-        Feature.ACCESS_PLATFORM,
-        Feature.ADMIN_VQ,
-    )
-)
-NET_QUEUES: Final = 2
-ADMIN_QUEUE: Final = NET_QUEUES
-"""Index of the administration virtqueue: behind the queue pair."""
-
-
-@attrs.frozen(kw_only=True)
-class OwnerFunctionConfig:
-    """A served PF; a `FunctionConfig`.
-
-    `mac`: 6 bytes.  `sr_iov`: offer SR_IOV.  `features_off`: a feature word that is not offered.
-    `linux_compat`: see `Administration`; the driver may be Linux's.
-    """
-
-    mac: bytes
-    sr_iov: bool = False
-    features_off: int = 0
-    linux_compat: bool = True
-    queue_size: int = limits.ADMIN_RING_SIZE
-    allow_unsealed_memory: bool = False
-
-    @property
-    def offered(self) -> int:
-        word = OWNER_FEATURES | (Feature.SR_IOV.mask if self.sr_iov else 0)
-        return word & ~self.features_off | Feature.VERSION_1.mask
-
-    @property
-    def num_queues(self) -> int:
-        return NET_QUEUES
-
-    @property
-    def num_vectors(self) -> int:
-        return NET_QUEUES + 2
 
 
 class OwnerFunction:
