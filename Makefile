@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 SANS_IO := tests/protocol tests/pci tests/virtio
 export PYTHONPATH := server:.
 
-.PHONY: help setup demo test lint unit e2e bench clean
+.PHONY: help setup inner-kernel demo test lint unit e2e bench clean
 
 help:
 	@echo 'make demo   boot a guest on the software device and send packets through it'
@@ -15,11 +15,16 @@ help:
 	@echo 'make bench  measure against peers in the same run; BENCH="--quick guest" says what'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make setup  only .venv and the test bed'
+	@echo 'make inner-kernel  build the kernel of the tests that need VFIO, once'
 	@echo 'make clean  remove what these made here; the cache stays'
 
 setup:
 	@PYTHONPATH=. python3 -m tests.testbed.environment
 	@PYTHONPATH=. python3 -m tests.testbed.provision
+
+# For the tests of kernel VFIO: built once, which takes some minutes.
+inner-kernel: setup
+	@PYTHONPATH=. python3 -m tests.testbed.inner_kernel
 
 demo: setup
 	@$(PYTHON) examples/demo.py
@@ -37,7 +42,7 @@ unit: setup
 	$(PYTHON) -m coverage report
 	$(PYTHON) -m pytest -m 'not e2e' $(SANS_IO:%=--ignore=%) tests
 
-e2e: setup
+e2e: setup inner-kernel
 	$(PYTHON) -m pytest -m e2e tests
 
 bench: setup

@@ -23,9 +23,10 @@ class Archive:
         self._parents(name)
         self._put(name, stat.S_IFDIR | 0o755)
 
-    def file(self, name: str, data: bytes, mode: int = 0o755) -> None:
+    def file(self, name: str, data: bytes, mode: int = 0o755, time: int = 0) -> None:
+        """`time` is that of its last change, in seconds since 1970."""
         self._parents(name)
-        self._put(name, stat.S_IFREG | mode, data)
+        self._put(name, stat.S_IFREG | mode, data, time=time)
 
     def link(self, name: str, target: str) -> None:
         self._parents(name)
@@ -44,13 +45,18 @@ class Archive:
             self._put(str(parent), stat.S_IFDIR | 0o755)
 
     def _put(
-        self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)
+        self,
+        name: str,
+        mode: int,
+        data: bytes = b"",
+        device: tuple[int, int] = (0, 0),
+        time: int = 0,
     ) -> None:
         if name in self._names:
             return
         self._names.add(name)
         path = name.encode() + b"\0"
-        inode, owner, links, time, checksum = len(self._names), 0, 1, 0, 0
+        inode, owner, links, checksum = len(self._names), 0, 1, 0
         numbers = (inode, mode, owner, owner, links, time, len(data), 0, 0, *device)
         self._data += b"070701"
         self._data += b"".join(b"%08X" % number for number in (*numbers, len(path), checksum))

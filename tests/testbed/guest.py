@@ -186,7 +186,10 @@ async def _start_monitor(guest: Guest) -> None:
 def _write_initrd(bed: Bed, machine: Machine, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "initrd.cpio"
-    path.write_bytes(initramfs.build(bed, machine.all_modules, machine.programs))
+    with path.open("wb") as file:
+        file.write(initramfs.build(bed, machine.all_modules, machine.programs))
+        for archive in machine.archives:
+            file.write(archive.read_bytes())
     return path
 
 

@@ -60,6 +60,9 @@ class Machine:
     `devices` are further QEMU arguments; `modules` load in this order, with what they depend on;
     `programs` are the bed's programs that the guest gets; `append` is added to the kernel's
     command line.  A guest that is not `restartable` ends when it would reboot.
+
+    `kernel` is an ELF file that starts instead of the bed's kernel by its PVH note, `archives` are
+    cpio files that are unpacked over the guest's initial file system.
     """
 
     devices: tuple[str, ...] = ()
@@ -72,6 +75,8 @@ class Machine:
     programs: tuple[str, ...] = ()
     append: str = ""
     restartable: bool = False
+    kernel: Path | None = None
+    archives: tuple[Path, ...] = ()
 
     @property
     def all_modules(self) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ class Machine:
             *("-serial", "chardev:agent"),
             *("-chardev", f"socket,id=qmp,fd={qmp_fd}"),
             *("-object", "monitor-qmp,id=monitor,chardev=qmp"),
-            *("-kernel", str(bed.vmlinux if self.boot is Boot.PVH else bed.bzimage)),
+            *("-kernel", str(self._kernel(bed))),
             *("-initrd", str(initrd)),
             *("-append", " ".join(self._kernel_arguments())),
         ]
@@ -115,6 +120,11 @@ class Machine:
         if self.iommu:
             argv += ["-device", self.iommu.value]
         return [*argv, *self.devices]
+
+    def _kernel(self, bed: Bed) -> Path:
+        if self.kernel:
+            return self.kernel
+        return bed.vmlinux if self.boot is Boot.PVH else bed.bzimage
 
     def _kernel_arguments(self) -> list[str]:
         arguments = ["console=ttyS0", "quiet", "mitigations=off", "tsc=reliable", "panic=-1"]

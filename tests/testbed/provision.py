@@ -70,12 +70,12 @@ def _is_debian(uri: str) -> bool:
 class Apt:
     """apt with everything but the keyring and the `Acquire` settings its own."""
 
-    def __init__(self, root: Path, mirror: str) -> None:
+    def __init__(self, root: Path, mirror: str, suites: Sequence[str] = beds.SUITES) -> None:
         for folder in ("state/lists/partial", "cache/archives/partial", "debs"):
             (root / folder).mkdir(parents=True)
         (root / "state/status").touch()
         (root / "sources.list").write_text(
-            "".join(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n" for suite in beds.SUITES)
+            "".join(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n" for suite in suites)
         )
         inherited = [
             line
@@ -85,7 +85,7 @@ class Apt:
         settings = {
             "APT::Architecture": "amd64",
             "APT::Architectures": "amd64",
-            "APT::Default-Release": beds.SUITES[-1],
+            "APT::Default-Release": suites[-1],
             "APT::Install-Recommends": "false",
             "APT::Sandbox::User": "",  # the cache lies in a home directory, closed to _apt
             "APT::Update::Error-Mode": "any",
@@ -141,14 +141,19 @@ def run(argv: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | N
     return done.stdout
 
 
-def build(root: Path) -> None:
-    """Makes the whole bed in the empty folder `root`."""
+def find_mirror() -> str:
+    """The mirror that packages come from; raises `ProvisionError`."""
     if not KEYRING.is_file():
         raise ProvisionError(f"{KEYRING} is missing; install debian-archive-keyring")
     mirror = next(mirrors(), None)
     if mirror is None:
         raise ProvisionError(f"no Debian mirror in the apt sources under {ETC_APT}")
-    apt = Apt(root / "apt", mirror)
+    return mirror
+
+
+def build(root: Path) -> None:
+    """Makes the whole bed in the empty folder `root`."""
+    apt = Apt(root / "apt", find_mirror())
     say(f"reading the package lists of {' and '.join(beds.SUITES)} from the system's mirror")
     apt("apt-get", "--quiet", "update")
     packages = {**apt.closure(beds.PROGRAMS), **apt.kernel(beds.KERNEL)}
