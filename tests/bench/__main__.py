@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from tests.bench import dma_maps, guest_traffic, packets, process, register_access
+from tests.bench import (
+    dma_maps,
+    guest_traffic,
+    migration_downtime,
+    migration_members,
+    migration_modelled,
+    migration_stream,
+    packets,
+    process,
+    register_access,
+)
 from tests.bench.effort import FULL, QUICK
 from tests.bench.report import table, value, write_json
 
@@ -36,6 +46,10 @@ BENCHMARKS: Final[dict[str, Callable[[Effort, Publish], Awaitable[None]]]] = {
     "members": process.measure_members,
     "dma-maps": dma_maps.measure_registers,
     "translation": dma_maps.measure_translation,
+    "migration-modelled": migration_modelled.measure,
+    "migration-downtime": migration_downtime.measure,
+    "migration-stream": migration_stream.measure,
+    "migration-members": migration_members.measure,
 }
 
 

@@ -127,11 +127,15 @@ def echo(folder: Path) -> Iterator[Contender]:
 
 
 @contextmanager
-def native_members(folder: Path, count: int) -> Iterator[tuple[Contender, list[Path]]]:
+def native_members(
+    folder: Path, count: int, queue_pairs: int = 1
+) -> Iterator[tuple[Contender, list[Path]]]:
     """A server with `count` members on one switch, and their sockets."""
     paths = [folder / f"vf{number}.sock" for number in range(count)]
     config = folder / "members.toml"
-    members = "".join(f'[[owner.member]]\nsocket_path = "{path}"\n' for path in paths)
+    members = "".join(
+        f'[[owner.member]]\nsocket_path = "{path}"\nqueue_pairs = {queue_pairs}\n' for path in paths
+    )
     config.write_text(f'[[owner]]\nuplink = "none"\n{members}')
     with running(paths[0], COMMAND, "serve", "--config", str(config)) as contender:
         yield contender, paths

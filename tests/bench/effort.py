@@ -13,8 +13,9 @@ class Effort:
 
     `round_trips` per block of register accesses, `batches` of packets, `starts` of each server,
     `idle_seconds` watched, `members` beside the first, `maps` numbers of DMA mappings, `pairs` of
-    samples of each kind of guest traffic: transfers of `seconds`, blocks of `pings`.  `pinned`: see
-    `guest_traffic`.
+    samples of each kind of guest traffic: transfers of `seconds`, blocks of `pings`.  Migrations:
+    `modelled` on a slow device, `moves` of a device on a quick one, `streams` of `stream_mib` MiB,
+    and so many members `at_once`.  `pinned`: see `guest_traffic`.
     """
 
     name: str
@@ -28,6 +29,11 @@ class Effort:
     pairs: int
     seconds: int
     pings: int
+    modelled: int
+    moves: int
+    streams: int
+    stream_mib: int
+    at_once: tuple[int, ...]
     pinned: bool = False
 
 
@@ -43,6 +49,11 @@ FULL: Final = Effort(
     pairs=5,
     seconds=2,
     pings=40,
+    modelled=5,
+    moves=200,
+    streams=6,
+    stream_mib=63,
+    at_once=(1, 8, 64, 255),
 )
 QUICK: Final = attrs.evolve(
     FULL,
@@ -54,6 +65,10 @@ QUICK: Final = attrs.evolve(
     members=20,
     pairs=1,
     pings=20,
+    modelled=2,
+    moves=50,
+    streams=3,
+    at_once=(1, 8, 64),
 )
 TINY: Final = Effort(
     name="tiny",
@@ -67,5 +82,10 @@ TINY: Final = Effort(
     pairs=1,
     seconds=1,
     pings=3,
+    modelled=1,
+    moves=2,
+    streams=1,
+    stream_mib=2,
+    at_once=(1, 3),
 )
 """Proves that a benchmark works; its figures mean nothing."""

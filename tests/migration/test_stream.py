@@ -89,7 +89,7 @@ def test_golden_optional_records_are_skipped() -> None:
     decoder = StreamDecoder()
     (found,) = feed(decoder, golden("optional"))
     decoder.finish_untrusted()
-    assert found == Record(DEVICE_DATA, STATUS_PART)
+    assert found == Record(DEVICE_DATA, bytearray(STATUS_PART))
     assert (decoder.images, decoder.skipped) == (1, 2)
 
 
