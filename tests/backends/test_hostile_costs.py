@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
+import trio.testing
 
-from tests.backends.member_rig import MAC_A, MAC_B, configs, frame, guests, until
+from tests.backends.member_rig import MAC_A, MAC_B, configs, frame, guests, until, without
 from tests.backends.test_member_uplink_side import come_in, wired
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.ports import first_bytes
 from vfio_user_virtio.limits import MIB
 from vfio_user_virtio.virtio.common_config import Status
+from vfio_user_virtio.virtio.features import Feature
 
 if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.ports import Buffer
@@ -95,6 +97,39 @@ async def test_chains_of_very_many_pieces_take_turns(queue: int) -> None:
         in_one_pass = ring.used_idx - before
         assert 0 < in_one_pass * PIECES <= limits.WORK_BUDGET * limits.PIECES_OF_WORK
         await until(lambda: ring.used_idx - before == ring.size)
+
+
+@pytest.mark.parametrize("features", [without(), without(Feature.MRG_RXBUF)])
+async def test_buffers_of_very_many_pieces_take_turns(features: int) -> None:
+    """One pass of an uplink is short, whatever buffers it reads into."""
+    async with guests(*configs(MAC_A)) as (guest,):
+        wire = wired(guest)
+        driver = guest.driver(features=features)
+        await driver.start(rx=False)
+        ring = driver.queue(0).ring
+        long_chain(ring, 0, guest.ram.allocate(64).iova, 64, WRITE, pieces=PIECES - 2)
+        offer(ring, *[0] * ring.size)
+        guest.member.kick(0)
+        guest.member.work()
+        resumed = False
+
+        def resume() -> None:
+            nonlocal resumed
+            resumed = True
+
+        wire.resume = resume  # type: ignore[method-assign]  # what the switch tells an uplink
+        came = 0
+        while came < ring.size:
+            in_one_pass = 0
+            while came + in_one_pass < ring.size and come_in(guest.member, frame(MAC_A, MAC_B)):
+                in_one_pass += 1
+            assert in_one_pass * PIECES <= limits.MAX_RECEIVED_PIECES + 2 * PIECES
+            came += in_one_pass
+            resumed = False
+            guest.member._switch.wait_for_room(wire, guest.member)
+            await trio.testing.wait_all_tasks_blocked()
+            assert resumed or came == ring.size
+        assert ring.used_idx == ring.size
 
 
 @pytest.mark.parametrize("queue", [1, 2])

@@ -427,6 +427,7 @@ class Member:
         if not queues.ensure_open():
             return
         if kicked & queues.receive_mask:
+            queues.effort.rested()
             self._switch.writable(self)
         blocked = False
         for turn in (kicked >> self._turn << self._turn, kicked & (1 << self._turn) - 1):
@@ -451,6 +452,11 @@ class Member:
         queues = self._queues
         self._again |= queues.send_mask if queues.open else queues.all_kicked()
         queues.kick_slow_senders()
+        self._wake.set()
+
+    def receive_again(self) -> None:
+        """There is room for frames again, when others have had their turn."""
+        self._again |= self._queues.receive_mask
         self._wake.set()
 
     def room(self) -> None:

@@ -19,7 +19,7 @@ import attrs
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.ports import first_bytes
-from vfio_user_virtio.backends.software.receiver import Receiver
+from vfio_user_virtio.backends.software.receiver import Effort, Receiver
 from vfio_user_virtio.backends.software.slow_service import (
     SlowControl,
     SlowReceiver,
@@ -70,6 +70,7 @@ class Queues:
         self.receivers: list[Receiver | SlowReceiver | None] = []
         self.receive_mask = 0
         self.send_mask = 0
+        self.effort = Effort(member.receive_again)
         self._too_long = 0
         self._invalid = 0
         self.slow = SlowService(
@@ -303,7 +304,7 @@ class Queues:
         index = 2 * pair
         ring = self._open_ring(index)
         if isinstance(ring, SplitQueue):
-            self.receivers[pair] = Receiver(ring, mergeable=mergeable)
+            self.receivers[pair] = Receiver(ring, mergeable=mergeable, effort=self.effort)
         elif ring is not None:
             receiver = SlowReceiver(
                 ring,

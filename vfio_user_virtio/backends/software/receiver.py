@@ -13,6 +13,11 @@ and, behind it, into a spill area of the process.  A frame that reached the spil
 until there is room, so that a small ring loses nothing.  Where the driver's buffers are in more
 pieces than one readv takes, the spill area is all the room there is.  What is held outlives the
 receiver (`take_held`, `keep`), so that a queue can be closed and opened again between two frames.
+
+A driver can post buffers in a thousand pieces each, a millisecond of work, and frames come by the
+hundred.  So after `limits.MAX_RECEIVED_PIECES` there is no room until others have had their turn
+(`Effort`).  An honest driver's frames have that many pieces, too, after a while, and the turn then
+costs nothing that matters.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.ports import NET_HEADER_SIZE, first_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vfio_user_virtio.backends.software.ports import Buffer
     from vfio_user_virtio.virtio.split_queue import SplitQueue
@@ -36,12 +41,30 @@ _NUM_BUFFERS: Final = 10
 _SPILL: Final = memoryview(bytearray(LARGEST + 1))
 
 
+class Effort:
+    """What all receivers of a member together may still do before others get their turn.
+
+    `rest` is called when that is nothing; then, or whenever others have had a turn, `rested` is
+    to be called.
+    """
+
+    __slots__ = ("pieces_left", "rest")
+
+    def __init__(self, rest: Callable[[], None] = lambda: None) -> None:
+        self.rest = rest
+        self.rested()
+
+    def rested(self) -> None:
+        self.pieces_left = limits.MAX_RECEIVED_PIECES
+
+
 class Receiver:
     """Delivery into `queue`."""
 
     __slots__ = (
         "_capacity",
         "_chains",
+        "_effort",
         "_held",
         "_kicks",
         "_mergeable",
@@ -51,9 +74,10 @@ class Receiver:
         "too_long",
     )
 
-    def __init__(self, queue: SplitQueue, *, mergeable: bool) -> None:
+    def __init__(self, queue: SplitQueue, *, mergeable: bool, effort: Effort | None = None) -> None:
         self._queue = queue
         self._mergeable = mergeable
+        self._effort = Effort() if effort is None else effort
         self._chains: list[tuple[int, int, int]] = []
         """Taken from the ring, oldest first: head, how many views, how many bytes."""
         self._views: list[memoryview] = []
@@ -167,10 +191,14 @@ class Receiver:
             self._capacity = 0
 
     def _take(self) -> bool:
+        effort = self._effort
+        if effort.pieces_left <= 0:
+            return False
         chain = self._queue.take()
         if chain is None:
             return False
         writable = chain.writable
+        effort.pieces_left -= len(writable)
         size = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
         if self._kicks:
             self._kicks = False
@@ -182,6 +210,9 @@ class Receiver:
 
     def _starved(self) -> bool:
         """Ask to be told when the driver posts more; False if it just has."""
+        if self._effort.pieces_left <= 0:
+            self._effort.rest()
+            return True
         self._kicks = True
         return self._queue.enable_kicks()
 
