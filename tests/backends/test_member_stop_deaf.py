@@ -15,13 +15,24 @@ import trio.testing
 from tests.backends.member_rig import MAC_A, MAC_B, frame, ping_pong, receive, until
 from tests.backends.migration_rig import rig
 from vfio_user_virtio import limits
+from vfio_user_virtio.backends.software.config import MemberConfig
+from vfio_user_virtio.backends.software.migratable import migratable_members
+from vfio_user_virtio.backends.software.owner import Owner
+from vfio_user_virtio.device import FeatureOperation
+from vfio_user_virtio.protocol.feature import Feature
+from vfio_user_virtio.protocol.migration import MigrationState, encode_device_state
+from vfio_user_virtio.testing.guest_ram import GuestRam
+from vfio_user_virtio.testing.loopback import served
+from vfio_user_virtio.testing.net_driver import NetDriver
+from vfio_user_virtio.testing.virtio_pci import VirtioPci
 from vfio_user_virtio.virtio.common_config import Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.backends.migration_rig import Place
-    from vfio_user_virtio.testing.net_driver import NetDriver
+    from vfio_user_virtio.protocol.framing import Frame
+    from vfio_user_virtio.transport.endpoint import Endpoint
 
 FRAMES: Final = 3
 
@@ -128,3 +139,42 @@ async def test_a_command_under_a_stop_is_answered_after_it(
         assert made.here.member.state.filter.promisc
         await made.peer.send(frame(b"\2other", MAC_B, b"to somebody else"))
         assert (await receive(made.driver)).data[14:30] == b"to somebody else"
+
+
+async def test_a_real_client_that_serves_no_memory_while_it_waits(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """What it was asked meanwhile it answers afterwards; nobody waits for that, nor minds."""
+    owner = Owner("owner")
+    owner.add_member(MemberConfig(mac=MAC_A))
+    device = (await migratable_members(owner))[1]
+    with GuestRam(1 << 22) as ram:
+        async with served(device, memory=ram) as client:
+            await ram.map(client, remote=True)
+            pci = await VirtioPci.open(client)
+            driver = NetDriver(pci, ram, queue_size=16)
+            await driver.start()
+            await trio.testing.wait_all_tasks_blocked()
+            serve = client._serve
+            held: list[tuple[Endpoint, Frame]] = []
+
+            async def hold(endpoint: Endpoint, asked: Frame) -> None:
+                held.append((endpoint, asked))
+
+            async def go_to(state: MigrationState) -> None:
+                data = encode_device_state(state)
+                await client.feature(Feature.MIG_DEVICE_STATE, FeatureOperation.SET, data)
+
+            for _ in range(3):
+                monkeypatch.setattr(client, "_serve", hold)
+                await driver.send(frame(MAC_B, MAC_A))
+                await until(lambda: bool(held))
+                began = trio.current_time()
+                await go_to(MigrationState.STOP)
+                assert trio.current_time() - began <= limits.STOP_SECONDS
+                monkeypatch.setattr(client, "_serve", serve)
+                assert len(held) == 1
+                await serve(*held.pop())
+                await go_to(MigrationState.RUNNING)
+                await driver.flush()
+            pci.close()
