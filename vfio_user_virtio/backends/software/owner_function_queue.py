@@ -19,7 +19,15 @@ import trio
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import ConnectionLost, DriverError, RemoteError
-from vfio_user_virtio.virtio.admin import Answer, Qualifier, Status, encode_answer
+from vfio_user_virtio.virtio.admin import (
+    Answer,
+    Qualifier,
+    Status,
+    decode_answer_untrusted,
+    decode_command_untrusted,
+    encode_answer,
+    opcode_name,
+)
 from vfio_user_virtio.virtio.slow_queue import QueueStopped, total
 
 if TYPE_CHECKING:
@@ -113,6 +121,8 @@ class AdminVirtqueue:
                 written = encode_answer(answer, room)
             else:
                 written = await self._executor.execute(readable, room)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log_command(readable or b"", written)
             async with self._completing:
                 await queue.put(chain.head, await queue.write(chain.writable, written))
                 await queue.publish()
@@ -132,6 +142,17 @@ class AdminVirtqueue:
         except ConnectionLost as lost:
             _log.info("the administration virtqueue is out of reach: %s", lost)
             self.stop()
+
+
+def _log_command(readable: bytes, written: bytes) -> None:
+    command, answer = decode_command_untrusted(readable), decode_answer_untrusted(written)
+    _log.debug(
+        "%s of group %d, member %d: %s",
+        opcode_name(command.opcode),
+        command.group_type,
+        command.member_id,
+        "no room for an answer" if answer is None else answer.describe(),
+    )
 
 
 async def _next(queue: SlowQueue) -> SlowChain | None:

@@ -11,13 +11,12 @@ microseconds; what pins memory or resets the device goes to a thread.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from vfio_user_virtio.backends.vfio.kernel import KernelRefusal, address_of
+from vfio_user_virtio.backends.vfio.kernel import address_of
 from vfio_user_virtio.device import IrqAction, IrqFlags, IrqInfo
 from vfio_user_virtio.errors import HostError
 
@@ -97,7 +96,5 @@ class KernelAccess:
             await trio.to_thread.run_sync(self._device.reset)
 
     def close(self) -> None:
-        """Let go of the memory that is still mapped; after the device has been closed."""
-        with contextlib.suppress(KernelRefusal):
-            self._space.unmap_all()
+        """Let go of the memory; after the device and its address space have been closed."""
         self._mapped.clear()
