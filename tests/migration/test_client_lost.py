@@ -3,6 +3,7 @@ member runs for the next one, and nobody else notices."""
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -10,13 +11,14 @@ import trio
 
 from tests.backends.member_rig import MAC_A, MAC_B, MAC_C, nothing_comes, ping_pong
 from tests.migration.served_rig import RAM_SIZE, holdings, served_rig
-from vfio_user_virtio.errors import ConnectionLost, RemoteError
+from vfio_user_virtio.errors import ClientError, ConnectionLost, RemoteError
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio.testing.guest_ram import GuestRam
 from vfio_user_virtio.virtio.common_config import Status
 
 if TYPE_CHECKING:
     from tests.migration.served_rig import Place, ServedRig
+    from vfio_user_virtio.device import ResetCause
     from vfio_user_virtio.testing.net_driver import NetDriver
 
 _, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = MigrationState
@@ -176,6 +178,23 @@ async def test_a_target_is_lost(count: int, states: tuple[MigrationState, ...]) 
             before = holdings()
             await once()
             assert holdings() == before
+
+
+async def test_a_target_that_cannot_be_reset(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told, and released all the same."""
+    async with served_rig() as rig, rig.guest(0) as source:
+        stream = await stream_of(source)
+
+        async def refuse(cause: ResetCause) -> None:
+            raise ClientError(errno.EIO, f"no reset: {cause.name}")
+
+        rig.members[2].reset = refuse  # type: ignore[method-assign]  # a device with a fault
+        async with rig.guest(2) as target:
+            await arrive(target, stream, WHOLE, (STOP,))
+            target.client.close()
+        assert "cannot be reset after half a migration: no reset: CLIENT" in caplog.text
+        check_idle(rig, 2, others=1)
+        assert not rig.members[2].running
 
 
 @target_states

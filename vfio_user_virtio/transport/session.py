@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 0
+"""Under this number, which no command has, those are counted that no specification knows."""
+
 _TOLD_ONCE: Final = frozenset(
     {
         Command.DMA_MAP,
@@ -69,7 +71,7 @@ _TOLD_ONCE: Final = frozenset(
         Command.MIG_DATA_WRITE,
     }
 )
-"""Under this number, which no command has, those are counted that no specification knows."""
+"""Commands whose refusal a user wants to know of, once for each reason."""
 
 
 class Session:
