@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 import pytest
+import trio
 
 from tests.backends.member_rig import MAC_A, ping_pong
 from tests.migration.served_rig import served_rig
@@ -132,6 +133,30 @@ async def test_an_owner_fails_at_any_command(
         await both.check_target_is_itself()
         await both.check_it_can_be_done()
         assert both.here.objects == both.there.objects == (0, 0), "nor is one remembered for ever"
+
+
+@pytest.mark.parametrize(("side", "precopy", "number"), CASES)
+async def test_it_is_cancelled_while_an_owner_is_busy(
+    side: str, number: int, *, precopy: bool
+) -> None:
+    async with two() as both:
+        rig = both.here if side == "source" else both.there
+        reached, goes_on = rig.hold_command(number)
+        migration = both.migration(precopy=precopy)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(migration.run)
+            await reached.wait()
+            nursery.cancel_scope.cancel()
+            goes_on.set()
+        rig.do_not_hold()
+        assert both.here.objects == both.there.objects == (0, 0)
+        if migration.target_runs:
+            assert both.there.members[1].state.filter.mac == MAC_A
+            await both.target.client.reset()
+            await both.source.go(RUNNING)
+        await both.check_source_goes_on()
+        await both.check_target_is_itself()
+        await both.check_it_can_be_done()
 
 
 # --- owners without objects -----------------------------------------------------------------------
