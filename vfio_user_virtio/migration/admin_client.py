@@ -37,7 +37,7 @@ from vfio_user_virtio.virtio.admin import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 
 class AdminQueue(Protocol):
@@ -117,7 +117,7 @@ class AdminClient:
 
     async def _tries(self, command: Command, result_size: int) -> Answer:
         member = (command.group_type, command.member_id)
-        async with self._members.setdefault(member, trio.Lock()):
+        async with held(self._members.setdefault(member, trio.Lock())):
             pause = limits.ADMIN_RETRY_SECONDS
             for number in range(limits.ADMIN_RETRIES):
                 if number:
@@ -129,7 +129,7 @@ class AdminClient:
         return answer
 
     async def _attempt(self, command: Command, result_size: int) -> Answer:
-        async with self._slots:
+        async with held(self._slots):
             written = await self._queue.execute(encode_command(command), STATUS_SIZE + result_size)
         answer = decode_answer_untrusted(written)
         if answer is None:
@@ -137,6 +137,23 @@ class AdminClient:
                 errno.EIO, f"{describe(command)} was answered with {len(written)} bytes, no status"
             )
         return answer
+
+
+@contextlib.asynccontextmanager
+async def held(lock: trio.Lock | trio.CapacityLimiter) -> AsyncIterator[None]:
+    """`async with lock`, which does not give way to others where `lock` is free.
+
+    With 255 members that migrate at once all others take seconds, and those would count as the
+    owner's.
+    """
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe(command: Command) -> str:

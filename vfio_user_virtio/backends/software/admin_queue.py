@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from vfio_user_virtio.migration.admin_client import held
 from vfio_user_virtio.virtio.admin import (
     GroupType,
     Opcode,
@@ -62,7 +63,7 @@ class SoftwareAdminQueue:
         A call that is cancelled may have been carried out.
         """
         command = decode_command_untrusted(readable[:_ENOUGH])  # who is meant, and which object
-        async with self._lock(command):
+        async with held(self._lock(command)):
             written = await self._administration.execute(readable, writable)
             seconds = self._seconds(command, written)
             if seconds:
