@@ -74,6 +74,46 @@ async def test_what_moves_and_in_which_order() -> None:
     assert facts["PCI_COMMON_CFG queue_select"] == 3
 
 
+async def test_when_a_guest_is_told() -> None:
+    async with pair() as both:
+
+        class Guest:
+            async def pause(self) -> None:
+                both.requests.append("pause")
+
+            async def carry(self) -> None:
+                both.requests.append("carry")
+
+            async def carry_back(self) -> None:
+                both.requests.append("carry back")
+
+        await both.migration(guest=Guest()).run()
+        told = [n for n, request in enumerate(both.requests) if request in ("pause", "carry")]
+        assert [both.requests[n - 1 : n + 2] for n in told] == [
+            ["target write", "pause", "source PRE_COPY_P2P"],
+            ["target write", "carry", "target STOP"],
+        ]
+        assert "carry back" not in both.requests
+
+        await both.clients[0].reset()
+        await both.clients[1].reset()
+        both.requests.clear()
+
+        def refuse() -> None:
+            if both.requests[-1] == "target RUNNING":
+                raise ClientError(errno.EIO, "no")
+
+        both.target.meddle = refuse
+        with pytest.raises(RemoteError):
+            await both.migration(guest=Guest()).run()
+        assert both.requests[-4:] == [
+            "target RUNNING",
+            "target reset",
+            "carry back",
+            "source RUNNING",
+        ]
+
+
 async def test_phases(autojump_clock: trio.testing.MockClock) -> None:
     """Time is the test's: nothing takes any but what is made to wait."""
     seen: list[tuple[str, int]] = []

@@ -5,4 +5,6 @@
 - `driver_queue.DriverQueue` and `Ring`: the driver's side of a split virtqueue, and no rules at all
 - `virtio_pci.VirtioPci`: virtio's PCI transport: structures, registers, queues, interrupts, resets
 - `net_driver.NetDriver`: a virtio-net driver made of these, with `net_header`, `control_commands`
+- `guest_move.MovableGuest`: the machine of such a driver, which is migrated with its memory
+  (`movable_ram.MovableRam`) while the driver works
 """

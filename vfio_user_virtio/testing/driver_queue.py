@@ -59,7 +59,7 @@ class Ring:
         self._areas = [
             ram.allocate(layout.desc),
             ram.allocate(layout.avail),
-            ram.allocate(layout.used),
+            ram.allocate_for_device(layout.used),
         ]
         self.desc, self.driver, self.device = (area.iova for area in self._areas)
         self._descriptors = self._areas[0].memory

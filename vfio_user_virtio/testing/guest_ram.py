@@ -126,6 +126,10 @@ class GuestRam:
         memory[:] = bytes(size)
         return GuestBuffer(self.iova + offset, size, memory)
 
+    def allocate_for_device(self, size: int) -> GuestBuffer:
+        """As `allocate`, for what the device writes; a subclass may want to know."""
+        return self.allocate(size)
+
     def free(self, buffer: GuestBuffer) -> None:
         """Give back what `allocate` gave.  Raises ValueError if that has been done."""
         rounded = self._taken.pop(buffer.iova, None)

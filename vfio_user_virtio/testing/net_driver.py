@@ -286,7 +286,7 @@ class NetDriver:
         if buffers is None:
             buffers = self._rx_buffers - port.queue.outstanding
         for _ in range(buffers):
-            buffer = self.ram.allocate(self.rx_buffer_size)
+            buffer = self.ram.allocate_for_device(self.rx_buffer_size)
             try:
                 port.queue.add(buffer, writable=self._segments(buffer))
             except QueueFull:
@@ -399,7 +399,7 @@ class NetDriver:
     async def raw_command(self, readable: bytes, *, room: int = 1) -> int:
         """As `command`, with any bytes, and with `room` writable bytes for the answer."""
         port = self._ports[self._control_index]
-        buffer = self.ram.allocate(len(readable) + max(room, 1))
+        buffer = self.ram.allocate_for_device(len(readable) + max(room, 1))
         ack = len(readable)
         buffer.memory[:ack] = readable
         buffer.memory[ack] = 0xFF

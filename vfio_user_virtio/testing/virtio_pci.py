@@ -145,6 +145,8 @@ class VirtioPci:
         self.features = 0
         self._notify_off: dict[int, int] = {}
         self._interrupts: list[Interrupt] = []
+        self._armed = VfioIrq.MSIX
+        """Which index `_interrupts` are of."""
 
     @classmethod
     async def open(cls, client: PciClient) -> VirtioPci:
@@ -368,9 +370,8 @@ class VirtioPci:
         control = self.pci_capabilities[CAP_MSIX] + 2
         await self.config_write(control, await self.config_read(control, 2) | MSIX_ENABLE, 2)
         self._interrupts = [Interrupt() for _ in range(vectors)]
-        for start in range(0, vectors, _EVENTFDS_PER_MESSAGE):
-            batch = self._interrupts[start : start + _EVENTFDS_PER_MESSAGE]
-            await self._arm(VfioIrq.MSIX, start, batch)
+        self._armed = VfioIrq.MSIX
+        await self.arm(self.client)
         return self._interrupts
 
     async def take_intx(self) -> Interrupt:
@@ -382,13 +383,28 @@ class VirtioPci:
             await self.client.set_irqs(IrqRequest(VfioIrq.INTX, 0, 1, IrqAction.UNMASK))
 
         self._interrupts = [Interrupt(acknowledge)]
-        await self._arm(VfioIrq.INTX, 0, self._interrupts)
+        self._armed = VfioIrq.INTX
+        await self.arm(self.client)
         return self._interrupts[0]
+
+    async def arm(self, client: PciClient) -> None:
+        """Give the eventfds of the interrupts that were taken to `client`, as well or again."""
+        for start in range(0, len(self._interrupts), _EVENTFDS_PER_MESSAGE):
+            batch = self._interrupts[start : start + _EVENTFDS_PER_MESSAGE]
+            eventfds = tuple(interrupt.fd for interrupt in batch)
+            await client.set_irqs(
+                IrqRequest(self._armed, start, len(eventfds), IrqAction.TRIGGER, eventfds=eventfds)
+            )
+
+    @staticmethod
+    async def disarm(client: PciClient) -> None:
+        """Take all eventfds of MSI-X and INTx from `client`."""
+        for index in (VfioIrq.MSIX, VfioIrq.INTX):
+            await client.set_irqs(IrqRequest(index, 0, 0, IrqAction.TRIGGER))
 
     async def release_interrupts(self) -> None:
         """Disable MSI-X and INTx, and close the eventfds."""
-        for index in (VfioIrq.MSIX, VfioIrq.INTX):
-            await self.client.set_irqs(IrqRequest(index, 0, 0, IrqAction.TRIGGER))
+        await self.disarm(self.client)
         position = self.pci_capabilities.get(CAP_MSIX)
         if position is not None:
             control = await self.config_read(position + 2, 2)
@@ -404,9 +420,3 @@ class VirtioPci:
         for interrupt in self._interrupts:
             interrupt.close()
         self._interrupts = []
-
-    async def _arm(self, index: VfioIrq, start: int, interrupts: list[Interrupt]) -> None:
-        eventfds = tuple(interrupt.fd for interrupt in interrupts)
-        await self.client.set_irqs(
-            IrqRequest(index, start, len(eventfds), IrqAction.TRIGGER, eventfds=eventfds)
-        )

@@ -2,7 +2,7 @@
 
 For tests, measurements, `vfio-user-virtio migrate`, and tools that own both sockets.  It moves what
 MIG_DATA_READ gives, and nothing else: guest memory, PCI configuration, MSI-X and eventfds are the
-caller's, as they are a VMM's.
+caller's, as they are a VMM's; a `GuestMachine` is told when to see to them.
 
 The order is such that little is left to do while neither device runs, and nothing is lost if it
 fails.  The target is in RESUMING before the source saves, and every piece is written to it as it
@@ -80,6 +80,39 @@ class Phase:
     byte_count: int = 0
 
 
+class GuestMachine(Protocol):
+    """What a guest has beside the device, for whoever moves the guest as well.
+
+    An exception from one of these ends the migration as a refusal of a server does.  Letting the
+    guest run again is the caller's, when `Migration.run` has returned or raised.
+    """
+
+    async def pause(self) -> None:
+        """The source is about to be stopped: the guest must not reach it any more."""
+        ...
+
+    async def carry(self) -> None:
+        """Neither device runs and the source has written all that it will: move the rest."""
+        ...
+
+    async def carry_back(self) -> None:
+        """The source is about to run again: undo what `carry` did, if it was called."""
+        ...
+
+
+class NoGuest:
+    """A device that is moved alone."""
+
+    async def pause(self) -> None:
+        pass
+
+    async def carry(self) -> None:
+        pass
+
+    async def carry_back(self) -> None:
+        pass
+
+
 class Preflight(Protocol):
     """Who looks at both streams beforehand; what it raises ends the migration."""
 
@@ -98,9 +131,9 @@ class Migration:
 
     `precopy`: save while the source still runs, if both servers can.  `rounds`: how often to look
     for more in PRE_COPY after the first image.  `keep_source`: let the source run in the end, which
-    otherwise stays in STOP.  `on_data` is given every piece of the stream, `on_progress` is called
-    whenever `phases` has changed; what they raise ends the migration.  `preflight`: see the module
-    head; without one the target is the only judge.
+    otherwise stays in STOP.  `guest`: what moves with it.  `on_data` is given every piece of the
+    stream, `on_progress` is called whenever `phases` has changed; what they raise ends the
+    migration.  `preflight`: see the module head; without one the target is the only judge.
     """
 
     source: Client
@@ -109,6 +142,7 @@ class Migration:
     rounds: int = 0
     keep_source: bool = False
     answer_seconds: float = ANSWER_SECONDS
+    guest: GuestMachine = attrs.field(factory=NoGuest)
     on_data: Callable[[bytes | memoryview], None] = lambda _: None
     on_progress: Callable[[Migration], None] = lambda _: None
     preflight: Preflight | None = None
@@ -152,6 +186,7 @@ class Migration:
             await self._stop()
             with self._phase(_COPY):
                 await self._move()
+                await self.guest.carry()
             await self._resume()
             await self._finish()
         except BaseException:
@@ -208,6 +243,7 @@ class Migration:
 
     async def _stop(self) -> None:
         with self._phase(_STOP):
+            await self.guest.pause()
             if MigrationFlags.P2P in self.source_options:
                 p2p = MigrationState.PRE_COPY_P2P if self.precopy else MigrationState.RUNNING_P2P
                 await self._set(self.source, p2p)
@@ -238,6 +274,7 @@ class Migration:
             if self.target.lost.is_set():  # what nobody is served does not run
                 self._may_run_twice = False
             if self.source_state != MigrationState.RUNNING and not self._may_run_twice:
+                await self.guest.carry_back()
                 with contextlib.suppress(RemoteError, ConnectionLost):
                     await self._set(self.source, MigrationState.RUNNING)
 
