@@ -219,3 +219,14 @@ ADMIN_MAX_RETRY_SECONDS: Final = 0.5
 
 IMAGE_ATTEMPTS: Final = 4
 """How often an image is asked for whose size grew meanwhile."""
+
+# --- kernel VFIO --------------------------------------------------------------------------------
+
+INLINE_PIN_BYTES: Final = 2 * MIB
+"""What is pinned or unpinned while other sessions wait: 512 pages, or one huge one."""
+
+INLINE_REGISTER_BYTES: Final = 256
+"""Registers of a real device that are read or written while other sessions wait: 64 accesses."""
+
+SLOW_PIN_SECONDS: Final = 2.5
+"""How long a DMA mapping may take before the user is told: half of what QEMU waits."""

@@ -7,8 +7,8 @@ what is accounted for (`dma`).
 A mapping pins its memory and stays until it is unmapped, whole; nothing is unmapped in part.  When
 `unmap` returns, the device can no longer reach it, and the kernel holds no reference to it.
 
-Calls block, as long as it takes to pin: a few tenths of a second for a GiB of memory that nobody
-has touched before.  They may be made in a thread.  All raise KernelRefusal.
+Calls block, as long as it takes to pin, and longest for memory that nobody has touched before.
+They may be made in a thread.  All raise KernelRefusal.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ A DMA_MAP without a file is taken and remembered, and the device cannot reach it
 memory that the client did not share, or the BARs of another device (peer to peer).  Refusing it
 would only make QEMU complain.
 
-Pinning takes time, most of it for memory that nobody has touched before: about 0.3 s for a GiB.  So
-what is more than `INLINE_PIN_BYTES` is done in a thread, and other sessions go on; the client waits
-for its reply, QEMU no longer than 5 s.  What comes near that is told once, with the remedy.
+Pinning takes time, most of it for memory that nobody has touched before.  So what is more than
+`limits.INLINE_PIN_BYTES` is done in a thread, and other sessions go on; the client waits for its
+reply, QEMU no longer than 5 s.  What comes near that is told once, with the remedy.
 
 An unmap takes away whatever lies inside its range, nothing being no error, and is over when the
 kernel has unmapped: QEMU's vIOMMU sends ladders of them up to 2^64.  If the kernel ever refused
@@ -48,12 +48,6 @@ if TYPE_CHECKING:
     from vfio_user_virtio.memory.mapped_files import MappedFile
 
 _log: Final = logging.getLogger(__name__)
-
-INLINE_PIN_BYTES: Final = 2 * limits.MIB
-"""What is pinned or unpinned without a thread: under a millisecond of work."""
-
-SLOW_PIN_SECONDS: Final = 2.5
-"""How long a mapping may take before the user is told: half of what QEMU waits."""
 
 ResultT = TypeVar("ResultT")
 
@@ -225,7 +219,7 @@ class ClientMemory:
         return message
 
     def _tell_slow(self, mapping: DmaMapping, seconds: float) -> None:
-        if seconds > SLOW_PIN_SECONDS and not self._told_slow:
+        if seconds > limits.SLOW_PIN_SECONDS and not self._told_slow:
             self._told_slow = True
             _log.warning(
                 "%s: mapping %d MiB of guest memory took %.1f s; QEMU gives up after 5 s: raise "
@@ -259,6 +253,6 @@ class ClientMemory:
 
 async def _in_thread_if(count: int, step: Callable[[], ResultT]) -> ResultT:
     """Do `step`, which pins or unpins `count` bytes; what is large is not done on this thread."""
-    if count <= INLINE_PIN_BYTES:
+    if count <= limits.INLINE_PIN_BYTES:
         return step()
     return await trio.to_thread.run_sync(step)

@@ -9,7 +9,7 @@ still, copies all of its memory.  That is told once, when logging starts.
 What was written to memory that is unmapped is read before it goes, and kept.  So all of it ends in
 one log (`DirtyLog`), and a report clears just what it told.
 
-The calls are ioctls of a few milliseconds for a bitmap of a GiB, made where the session waits.
+The calls are ioctls, made while other sessions wait: what they read is as large as a message holds.
 
 Source: vfio-user, VFIO_USER_DEVICE_FEATURE, DMA logging; Linux, include/uapi/linux/iommufd.h,
 IOMMU_HWPT_GET_DIRTY_BITMAP.

@@ -49,6 +49,7 @@ from vfio_user_virtio.device import (
     VfioRegion,
 )
 from vfio_user_virtio.errors import ClientError, HostError
+from vfio_user_virtio.limits import INLINE_REGISTER_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,8 +69,6 @@ _log: Final = logging.getLogger(__name__)
 
 COMMAND: Final = 0x04
 BUS_MASTER: Final = 1 << 2
-LARGE_ACCESS: Final = 256
-"""Bytes of registers that are read or written on this thread: some tens of microseconds."""
 
 _NUM_REGIONS: Final = VfioRegion.VGA + 1
 _ABSENT: Final = RegionInfo(0, RegionFlags(0))
@@ -142,14 +141,14 @@ class VfFunction:
 
     async def region_read(self, index: int, offset: int, count: int) -> bytes:
         with self._answering():
-            if count > LARGE_ACCESS:
+            if count > INLINE_REGISTER_BYTES:
                 return await trio.to_thread.run_sync(self._device.read, index, offset, count)
             return self._device.read(index, offset, count)
 
     async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
         with self._answering():
             resets = index == VfioRegion.CONFIG and self._facts.may_reset(offset, len(data))
-            if resets or len(data) > LARGE_ACCESS:
+            if resets or len(data) > INLINE_REGISTER_BYTES:
                 await trio.to_thread.run_sync(self._device.write, index, offset, bytes(data))
             else:
                 self._device.write(index, offset, data)
