@@ -33,7 +33,8 @@ async def test_inner(
 ) -> None:
     async with boot_inner_host(bed, machine, tmp_path) as host:
         await host.enable_vfs()
-        cases = await host.pytest("tests/inner")
+        async with host.vfs_cabled():
+            cases = await host.pytest("tests/inner", seconds=300)
         complaints = await host.guest.kernel_complaints()
     assert {case.outcome for case in cases} <= {"passed", "failed"}, "a test inside was skipped"
     for way in machine.ways:

@@ -37,7 +37,7 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -49,6 +49,7 @@ from tests.testbed.guest import Guest, GuestFailed, boot
 from tests.testbed.inner_machine import InnerIommu, InnerMachine, Kernel
 from tests.testbed.inner_ports import FramePort
 from tests.testbed.inner_results import read_cases
+from vfio_user_virtio.testing.loopback import ungrouped_nursery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -164,6 +165,17 @@ class InnerHost:
         for address in self.machine.vf_addresses if driver else ():
             await self.bind(address, driver or "")
 
+    @asynccontextmanager
+    async def vfs_cabled(self) -> AsyncIterator[None]:
+        """A cable from VF 1 to VF 2, from 3 to 4 …: what one sends comes out of QEMU and goes into
+        the other, until the block ends."""
+        async with ungrouped_nursery() as nursery:
+            for first, second in zip(self.ports[1::2], self.ports[2::2], strict=False):
+                nursery.start_soon(_carry, first, second)
+                nursery.start_soon(_carry, second, first)
+            yield
+            nursery.cancel_scope.cancel()
+
     def facts(self) -> dict[str, object]:
         """What tests inside are told of their host."""
         machine = self.machine
@@ -175,6 +187,13 @@ class InnerHost:
             "vfs": machine.vf_addresses,
             "functions": machine.function_addresses,
         }
+
+
+async def _carry(source: FramePort, target: FramePort) -> None:
+    while True:
+        frame = await source.receive()
+        with suppress(OSError):  # its QEMU has gone, or has no room: frames get lost
+            await target.send(frame)
 
 
 def prepare(machine: InnerMachine, folder: Path) -> tuple[Path, ...]:
@@ -237,15 +256,16 @@ async def run_by_hand(options: argparse.Namespace, folder: Path) -> int:
         print(
             f"up after {time.monotonic() - started:.1f} s: {json.dumps(host.facts())}", flush=True
         )
-        if options.shell is not None:
-            result = await host.guest.execute(options.shell, options.seconds)
-        elif options.pytest is not None:
-            argv = (sys.executable, *PYTEST, *options.pytest)
-            result = await host.execute(*argv, seconds=options.seconds)
-        else:
-            result = await host.execute(
-                sys.executable, *(options.program or ("-V",)), seconds=options.seconds
-            )
+        async with host.vfs_cabled():
+            if options.shell is not None:
+                result = await host.guest.execute(options.shell, options.seconds)
+            elif options.pytest is not None:
+                argv = (sys.executable, *PYTEST, *options.pytest)
+                result = await host.execute(*argv, seconds=options.seconds)
+            else:
+                result = await host.execute(
+                    sys.executable, *(options.program or ("-V",)), seconds=options.seconds
+                )
         print(result.output, end="")
         print(f"exit status {result.code} after {time.monotonic() - started:.1f} s; logs: {folder}")
         return result.code

@@ -36,18 +36,11 @@ if TYPE_CHECKING:
     from tests.inner.conftest import InnerFacts
     from vfio_user_virtio.transport.client import Client
 
-WAYS = {"group": Way.GROUP, "cdev": Way.CDEV, "noiommu": Way.NOIOMMU}
+WAYS = {"group": Way.GROUP, "cdev": Way.CDEV}
 PATIENCE = 20.0
 READ_WRITE = DmaAccess.READ | DmaAccess.WRITE
 FEATURES = KNOWN_FEATURES & ~Feature.MQ.mask
 ETHERTYPE = b"\x88\xb5"
-
-
-@pytest.fixture(autouse=True)
-def with_iommu(way: str) -> None:
-    """Without an IOMMU no guest can be given a function; see the last test."""
-    if way == "noiommu":
-        pytest.fail("this test wants an IOMMU")
 
 
 @contextlib.contextmanager
