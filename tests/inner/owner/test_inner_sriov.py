@@ -1,0 +1,115 @@
+"""Real SR-IOV, of QEMU's own PF: bound and unbound by our plans, its VFs enabled while it is ours.
+
+That PF has no administration virtqueue, so that it can have VFs but not be an owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vfio_user_virtio.backends.vfio import binding, discovery, sysfs
+from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
+from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_function
+from vfio_user_virtio.backends.vfio.owner_opening import owned_function
+from vfio_user_virtio.backends.vfio.sysfs import PciAddress
+from vfio_user_virtio.errors import HostError
+from vfio_user_virtio_server.main import main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.inner.conftest import InnerFacts
+
+TOKEN = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
+
+
+@pytest.fixture
+def pf(inner: InnerFacts) -> PciAddress:
+    assert inner.pf is not None
+    return PciAddress.parse(inner.pf)
+
+
+@contextlib.contextmanager
+def planned(plan: binding.Plan) -> Iterator[None]:
+    binding.execute(plan)
+    try:
+        yield
+    finally:
+        binding.undo(plan)
+
+
+def test_vfs_of_a_pf_that_is_ours_want_its_token(pf: PciAddress, way: str) -> None:
+    how = Way[way.upper()]
+    enabled = (sysfs.SYS / binding.ENABLE_SRIOV).read_text()
+    with planned(binding.bind(pf)), contextlib.ExitStack() as stack:
+        opened = open_function(pf, OpenOptions(way=how, vf_token=TOKEN))
+        stack.callback(opened.close)
+        stack.enter_context(planned(binding.vfs(pf, 2)))
+        for index, address in sysfs.virtual_functions(pf).items():
+            place = discovery.find_vf(address)
+            assert (place.owner, place.member_id) == (pf, index + 1)
+            assert place.owner_is_ours
+            assert place.function.rivals == ()
+            with pytest.raises(KernelRefusal) as caught:
+                open_function(address, OpenOptions(way=how))
+            assert caught.value.errno == errno.EACCES
+            with pytest.raises(KernelRefusal) as caught:
+                open_function(address, OpenOptions(way=how, vf_token=uuid.uuid4()))
+            assert caught.value.errno == errno.EACCES
+            open_function(address, OpenOptions(way=how, vf_token=TOKEN)).close()
+    assert sysfs.driver(pf) == "virtio-pci"
+    assert sysfs.virtual_functions(pf) == {}
+    assert (sysfs.SYS / binding.ENABLE_SRIOV).read_text() == enabled
+
+
+def test_a_pf_with_vfs_is_not_taken_from_its_driver(pf: PciAddress) -> None:
+    with planned(binding.vfs(pf, 1)):
+        (address,) = sysfs.virtual_functions(pf).values()
+        assert sysfs.driver(address) is None, "no driver takes it by itself"
+        with pytest.raises(HostError, match="--disable-vfs"):
+            binding.bind(pf)
+        with planned(binding.bind(pf, disable_vfs=True)):
+            assert sysfs.virtual_functions(pf) == {}
+        assert len(sysfs.virtual_functions(pf)) == 1
+    assert sysfs.sriov(pf) == sysfs.Sriov(0, 2, True)
+
+
+def test_the_command_line_binds_and_unbinds(
+    pf: PciAddress, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bind", str(pf)]) == 0
+    assert main(["bind", str(pf)]) == 0
+    assert main(["unbind", "--no-driver", str(pf)]) == 0
+    assert main(["bind", str(pf)]) == 0
+    assert main(["unbind", str(pf)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{pf}: virtio-pci -> vfio-pci",
+        f"{pf}: vfio-pci",
+        f"{pf}: vfio-pci -> no driver",
+        f"{pf}: no driver -> vfio-pci",
+        f"{pf}: vfio-pci -> virtio-pci",
+    ]
+
+
+async def test_a_pf_without_an_administration_virtqueue_is_no_owner(
+    pf: PciAddress, way: str
+) -> None:
+    plan = binding.bind(pf)
+    binding.execute(plan)
+    try:
+        with pytest.raises(HostError, match="does not offer ADMIN_VQ"):
+            async with owned_function(pf, vf_token=TOKEN, way=Way[way.upper()]):
+                pass
+    finally:
+        binding.undo(plan)
+
+
+async def test_a_pf_of_the_kernel_is_not_taken(pf: PciAddress) -> None:
+    with pytest.raises(HostError, match=r"belongs to the driver virtio-pci.* bind"):
+        async with owned_function(pf):
+            pass
