@@ -1,6 +1,6 @@
 """Real kernel VFIO: the tests of `tests/inner`, inside one inner host for each configuration.
 
-Every test inside is a subtest here, under its own name and with its own traceback.
+Its "hardware" is QEMU's own SR-IOV device, its VFs bound to vfio-pci and cabled to each other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.e2e.inner_cases import report_cases
 from tests.testbed.inner_host import boot_inner_host
 from tests.testbed.inner_machine import InnerIommu, InnerMachine, Kernel
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tests.testbed.bed import Bed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+SECONDS: Final = 300
+"""Limit of all that runs inside one host."""
 
 MACHINES: Final = (
     InnerMachine(kernel=Kernel.OWN, iommu=InnerIommu.INTEL),
@@ -34,13 +38,7 @@ async def test_inner(
     async with boot_inner_host(bed, machine, tmp_path) as host:
         await host.enable_vfs()
         async with host.vfs_cabled():
-            cases = await host.pytest("tests/inner", seconds=300)
+            cases = await host.pytest("tests/inner", seconds=SECONDS)
         complaints = await host.guest.kernel_complaints()
-    assert {case.outcome for case in cases} <= {"passed", "failed"}, "a test inside was skipped"
-    for way in machine.ways:
-        assert any(f"[{way}]" in case.name for case in cases), f"no test inside ran by {way}"
-    for case in cases:
-        with subtests.test(case.name):
-            if case.outcome == "failed":
-                pytest.fail(case.text, pytrace=False)
+    report_cases(cases, machine.ways, subtests)
     assert complaints == []

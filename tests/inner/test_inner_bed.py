@@ -97,8 +97,8 @@ def test_each_vf_has_a_group_of_its_own(inner: InnerFacts) -> None:
     assert len(groups) == len(inner.vfs)
 
 
-def test_vf_opens(inner: InnerFacts, way: str) -> None:
-    for address in inner.vfs:
+def test_functions_open(inner: InnerFacts, way: str) -> None:
+    for address in (*inner.vfs, *inner.functions):
         with ExitStack() as stack:
             opened = open_cdev(address, stack) if way == "cdev" else open_group(address, way, stack)
             assert read_identity(opened) == VIRTIO_NET

@@ -30,10 +30,14 @@ PROJECT: Final = Path(__file__).resolve().parents[2]
 PARTS: Final = ("pyproject.toml", "vfio_user_virtio", "server", "tests")
 DISTRIBUTIONS: Final = ("vfio-user-virtio", "pytest", "pytest-trio")
 UNUSED: Final = re.compile(
-    r"(test|tests|idlelib|tkinter|turtledemo|lib2to3|ensurepip|pydoc_data|config-.*|.*-packages)"
+    r"_?tests?|idlelib|tkinter|turtledemo|lib2to3|ensurepip|distutils|pydoc_data|config-.*"
+    r"|.*-packages"
 )
-"""Folders of the standard library that stay behind."""
-SKIPPED: Final = re.compile(r".*\.(a|opt-[12]\.pyc|log|sock)")
+"""Folders of the standard library and of the packages that stay behind."""
+SKIPPED: Final = re.compile(
+    r".*\.(a|opt-[12]\.pyc|log|sock)|(_tkinter|_sqlite3|_test|_curses|_codecs_|xx).*\.so"
+)
+"""Files that do: the libraries that they want are as large as all the others."""
 
 LOADER: Final = Path("/lib64/ld-linux-x86-64.so.2")
 LIBGCC: Final = Path("/lib/x86_64-linux-gnu/libgcc_s.so.1")
@@ -65,7 +69,8 @@ def _name(path: Path) -> str:
 
 def _below(root: Path) -> Iterator[Path]:
     for top, folders, names in os.walk(root):
-        folders.sort()
+        if root != PROJECT / "tests":
+            folders[:] = [name for name in folders if not UNUSED.fullmatch(name)]
         yield from (Path(top, name) for name in names if not SKIPPED.fullmatch(name))
 
 
@@ -90,7 +95,9 @@ def _distributions() -> Iterator[Path]:
         distribution = metadata.distribution(name)
         for file in distribution.files or ():
             path = Path(os.path.normpath(str(distribution.locate_file(file))))
-            if path.is_file() and not SKIPPED.fullmatch(path.name):
+            if not path.is_file() or SKIPPED.fullmatch(path.name):
+                continue
+            if not any(map(UNUSED.fullmatch, file.parts)):
                 yield path
         for text in distribution.requires or ():
             requirement = Requirement(text)
