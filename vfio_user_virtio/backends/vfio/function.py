@@ -98,6 +98,7 @@ class VfFunction:
         self.memory: Final = ClientMemory(opened.space, self.name)
         self.logging: Final = VfLogging(self.name, self.memory, opened.space)
         self._in_session = False
+        """Something may be under way on the descriptors: whoever releases the device closes it."""
         self._gone: str | None = None
         self._goes: Final = trio.Event()
 
@@ -192,15 +193,16 @@ class VfFunction:
 
     async def serve(self, memory: RemoteMemory) -> None:
         """Raises HostError when the kernel wants the device back."""
-        self._in_session = True
         await self._goes.wait()
         raise HostError(str(self._gone), exit_code=os.EX_UNAVAILABLE)
 
     async def release(self) -> None:
-        self._in_session = False
-        await trio.to_thread.run_sync(self._quiet)
-        if self._gone is not None:
-            self._opened.close()
+        try:
+            await trio.to_thread.run_sync(self._quiet)
+        finally:
+            self._in_session = False
+            if self._gone is not None:
+                self._opened.close()
 
     def _quiet(self) -> None:
         """Undo all that a client has done.  Blocks; what fails is told, and the rest is done."""
@@ -263,6 +265,7 @@ class VfFunction:
             for fd in fds:
                 os.close(fd)
             raise ClientError(errno.ENODEV, self._gone)
+        self._in_session = True
         try:
             yield
         except KernelRefusal as error:
