@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import os
+import struct
 from collections import deque
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -17,7 +18,7 @@ import outcome
 import trio
 import trio.testing
 
-from tests.backends.member_rig import LONG
+from tests.backends.member_rig import ETHERTYPE, LONG, frame
 from vfio_user_virtio.backends.software.admin_queue import SoftwareAdminQueue
 from vfio_user_virtio.device import FeatureOperation, ResetCause
 from vfio_user_virtio.errors import HostError
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from vfio_user_virtio.backends.software.administration import Administration
+    from vfio_user_virtio.backends.software.member import Member
     from vfio_user_virtio.device import DmaMapping, IrqRequest
+    from vfio_user_virtio.migration.member_migration import MemberMigration
     from vfio_user_virtio.migration.migratable_device import MigratableDevice
     from vfio_user_virtio.protocol.migration import MigrationState
     from vfio_user_virtio.testing.guest_ram import GuestBuffer, GuestRam
     from vfio_user_virtio.testing.net_driver import _Port
+    from vfio_user_virtio.testing.virtio_pci import VirtioPci
 
 T = TypeVar("T")
 
@@ -335,3 +339,33 @@ class EagerDriver(NetDriver):
         while self.received(pair):
             found.append((await self.receive(pair, repost=repost)).data)
         return found
+
+
+_NUMBER: Final = struct.Struct(">BI")
+
+
+def numbered(to: bytes, sender: bytes, flow: int, number: int) -> bytes:
+    return frame(to, sender, _NUMBER.pack(flow, number))
+
+
+def number_of(data: bytes) -> tuple[int, int] | None:
+    """Flow and number of a frame, None if it is a member's announcement."""
+    return _NUMBER.unpack_from(data, 14) if data[12:14] == ETHERTYPE else None
+
+
+@attrs.define(eq=False)
+class Place:
+    """A member that a guest can be on, with its client and what the client keeps."""
+
+    member: Member
+    device: MigratableDevice
+    client: DirectClient
+    pci: VirtioPci
+    session: Connection
+    mapped: bool = False
+    was_stopped: bool = False
+    """It was stopped after the last step, and has not run since."""
+
+    @property
+    def migration(self) -> MemberMigration:
+        return self.device.migration
