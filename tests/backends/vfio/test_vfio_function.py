@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests.backends.vfio.model_kernel import NORESIZE
+from vfio_user_virtio import limits
 from vfio_user_virtio.backends.vfio.areas import Hole
 from vfio_user_virtio.backends.vfio.function import VfFunction
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way
@@ -467,3 +468,14 @@ async def test_the_kernel_wants_the_device_back_between_sessions(model: ModelKer
         assert function._device.closed
         for eventfd in model.irqs.pop(VfioIrq.REQ):
             os.close(eventfd)
+
+
+async def test_memory_that_takes_long_is_told_once(
+    function: VfFunction, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limits, "SLOW_PIN_SECONDS", -1.0)
+    with GuestRam(1 << 20) as ram:
+        async with served(function) as client:
+            await ram.map(client, step=1 << 19)
+    told = [record.message for record in caplog.records if "x-msg-timeout=60000" in record.message]
+    assert len(told) == 1
