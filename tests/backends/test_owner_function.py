@@ -227,6 +227,25 @@ async def test_a_reset_forgets_what_was_negotiated() -> None:
         assert (await driver.send(QUERY)).ok
 
 
+async def test_a_log_for_debugging_tells_each_command(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with a_driver() as driver:
+        await driver.start()
+        await driver.send(QUERY, room=16)
+        await driver.send(commands.parts_set(1, 7, bytes(100)))
+        driver.add(encode_command(QUERY), 4)
+        driver.queue.publish()
+        await driver.pci.notify(ADMIN_QUEUE)
+        await driver.interrupts[3].wait(2)
+    lines = [line for line in caplog.messages if " of group " in line]
+    assert lines == [
+        "pf: LIST_QUERY of group 1, member 0: OK (OK); data none, result ffff030000000000",
+        "pf: DEV_PARTS_SET of group 1, member 1: EINVAL (INVALID_OPCODE); "
+        "data 000000000700000000000000000000000000000000000000… (112 bytes), result none",
+        "pf: LIST_QUERY of group 1, member 0: no room for an answer",
+    ]
+
+
 @pytest.mark.parametrize("fault", ["buffer", "ring", "alignment", "chain"])
 async def test_a_broken_driver_has_to_reset(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)

@@ -16,8 +16,9 @@ so that this device can be put under it:
   for them, and work there with member 0, as kernels before the fix of April 2025 send them
 * the capability commands need no LIST_USE of the self group
 
-It is off by default: the driver that this device has so far is ours, which keeps to the text, and
-only a strict device finds out if it does not.
+Behind an `AdminQueue` of our own it is off, since our driver keeps to the text, and only a strict
+device finds out if it does not.  A PF that is served has it on unless it is told otherwise, since
+it is there for drivers of others.
 
 Where the text is silent or contradicts itself:
 

@@ -72,6 +72,7 @@ class OwnerFunction:
         self.function = Function(config, self, admin_queues=1)
         self.administration: Final = Administration(owner, linux_compat=config.linux_compat)
         self._queue = AdminVirtqueue(
+            name,
             SoftwareAdminQueue(self.administration, timing),
             interrupt=self._interrupt,
             failed=self._fail,

@@ -32,7 +32,8 @@ class OwnerFunctionConfig:
     """A served PF; a `FunctionConfig`.
 
     `mac`: 6 bytes.  `sr_iov`: offer SR_IOV.  `features_off`: a feature word that is not offered.
-    `linux_compat`: see `Administration`; the driver may be Linux's.
+    `linux_compat`: do as Linux's driver expects where that departs from the standard; see
+    `Administration`.  Without it that driver finds no device parts.
     """
 
     mac: bytes

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
+_SHOWN: Final = 24
+"""Bytes of a command's data that the log shows: all of it but device parts."""
+
 
 class Executor(Protocol):
     """What carries commands out; an `AdminQueue`."""
@@ -47,16 +50,19 @@ class Executor(Protocol):
 class AdminVirtqueue:
     """One administration virtqueue: `start` and `stop` follow the registers, `run` is its task.
 
+    `name` is the owner's in logs, which at level debug tell each command and its answer.
     `interrupt` tells the driver of used buffers, `failed` hears of rules that the driver broke.
     """
 
     def __init__(
         self,
+        name: str,
         executor: Executor,
         *,
         interrupt: Callable[[], None],
         failed: Callable[[DriverError], None],
     ) -> None:
+        self._name = name
         self._executor = executor
         self._interrupt = interrupt
         self._failed = failed
@@ -122,7 +128,7 @@ class AdminVirtqueue:
             else:
                 written = await self._executor.execute(readable, room)
             if _log.isEnabledFor(logging.DEBUG):
-                _log_command(readable or b"", written)
+                _log.debug("%s: %s", self._name, _described(readable or b"", written))
             async with self._completing:
                 await queue.put(chain.head, await queue.write(chain.writable, written))
                 await queue.publish()
@@ -140,19 +146,28 @@ class AdminVirtqueue:
         except RemoteError as error:
             self._failed(DriverError(f"an administration command is out of reach: {error}"))
         except ConnectionLost as lost:
-            _log.info("the administration virtqueue is out of reach: %s", lost)
+            _log.info("%s: the administration virtqueue is out of reach: %s", self._name, lost)
             self.stop()
 
 
-def _log_command(readable: bytes, written: bytes) -> None:
+def _described(readable: bytes, written: bytes) -> str:
+    """A command and its answer as a line of the log, with the first bytes of what they carry."""
     command, answer = decode_command_untrusted(readable), decode_answer_untrusted(written)
-    _log.debug(
-        "%s of group %d, member %d: %s",
-        opcode_name(command.opcode),
-        command.group_type,
-        command.member_id,
-        "no room for an answer" if answer is None else answer.describe(),
+    what = f"{opcode_name(command.opcode)} of group {command.group_type}"
+    to_whom = f"member {command.member_id}"
+    if answer is None:
+        return f"{what}, {to_whom}: no room for an answer"
+    return (
+        f"{what}, {to_whom}: {answer.describe()}; "
+        f"data {_shown(command.data)}, result {_shown(answer.result)}"
     )
+
+
+def _shown(data: bytes) -> str:
+    """`data` in hexadecimal as it lies in memory, and how long it is if that is not all."""
+    if len(data) <= _SHOWN:
+        return data.hex() or "none"
+    return f"{data[:_SHOWN].hex()}… ({len(data)} bytes)"
 
 
 async def _next(queue: SlowQueue) -> SlowChain | None:
