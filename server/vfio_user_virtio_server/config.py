@@ -15,6 +15,7 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     socket_path = "/run/pf.sock"     # or as a member's
     mac = "52:54:00:12:34:55"        # default: derived likewise
     sr_iov = false                   # offer the feature SR_IOV
+    linux_compat = true              # be what Linux's driver expects; false: the standard's text
     allow_unsealed_memory = false
 
     [[owner.member]]                 # one device; its member id is its place, from 1
@@ -33,6 +34,21 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     legacy = false                   # also a transitional device, for drivers before virtio 1.0
     pcap = "/var/tmp/vm1.pcap"       # capture of the member
     features = { HOST_USO = false }  # by the standard's names
+
+    [[physical]]                     # physical VFs of one PF
+    name = "red"                     # default: physical1, physical2, …
+    pf = "0000:03:00.0"              # own it; default: the VFs' PF, if vfio-pci holds it
+    vf_token = "0b0b…"               # of the PF, if another process owns it
+    way = "cdev"                     # or "group"; default: the best that the kernel has
+    p2p = true
+    unsafe_noiommu = false
+
+    [[physical.vf]]
+    address = "0000:03:00.2"
+    member = 2                       # its number at the owner; default: as sysfs says
+    map_bars = true                  # let clients map what they can
+    legacy = false
+    socket_path = "/run/vm2.sock"    # or as a member's
 
 Paths are relative to the working directory, as they are on the command line.
 """
@@ -59,6 +75,8 @@ from vfio_user_virtio_server.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from vfio_user_virtio_server.physical_config import PhysicalOwnerConfig, ServedVf
 
 
 @attrs.frozen
@@ -104,6 +122,10 @@ class ServedMember:
     def mac(self) -> bytes:
         return self.member.mac
 
+    @property
+    def identity(self) -> str:
+        return f"MAC address {values.format_mac(self.mac)}"
+
 
 @attrs.frozen(kw_only=True)
 class ServedPf:
@@ -117,8 +139,12 @@ class ServedPf:
     def mac(self) -> bytes:
         return self.function.mac
 
+    @property
+    def identity(self) -> str:
+        return f"MAC address {values.format_mac(self.mac)}"
 
-Served: TypeAlias = ServedMember | ServedPf
+
+Served: TypeAlias = "ServedMember | ServedPf | ServedVf"
 
 
 @attrs.frozen(kw_only=True)
@@ -142,6 +168,8 @@ class OwnerConfig:
         return self.members if self.pf is None else (*self.members, self.pf)
 
 
+Configured: TypeAlias = "OwnerConfig | PhysicalOwnerConfig"
+
 CONFIGURABLE_FEATURES: Final = (DEFAULT_FEATURES | OPTIONAL_FEATURES) & ~(
     Feature.VERSION_1.mask | Feature.ACCESS_PLATFORM.mask
 )
@@ -151,8 +179,8 @@ MTU and MQ are not among them; they come with `mtu` and `queue_pairs`.
 """
 
 
-def read_file(path: str, *, seed: bytes | None = None) -> tuple[OwnerConfig, ...]:
-    """The owners that the TOML file at `path` describes, in its order.
+def read_file(path: str, *, seed: bytes | None = None) -> tuple[Configured, ...]:
+    """The owners that the TOML file at `path` describes, in its order, physical ones last.
 
     `seed` is for `values.derived_mac`; None means this host's.  Raises ConfigError when the
     content is wrong, HostError when it cannot be read.
@@ -178,16 +206,26 @@ def read_file(path: str, *, seed: bytes | None = None) -> tuple[OwnerConfig, ...
 
 def parse_document(
     document: dict[str, object], where: str, *, seed: bytes
-) -> tuple[OwnerConfig, ...]:
+) -> tuple[Configured, ...]:
     """The owners in a parsed TOML document.  `where` is its path.  Raises ConfigError."""
     root = Table(document, where)
-    owners = tuple(
+    owners: tuple[Configured, ...] = tuple(
         _owner(table, default_name=f"owner{number}", file=os.path.abspath(where), seed=seed)
         for number, table in enumerate(root.tables("owner"), 1)
     )
+    if physical := root.tables("physical"):
+        from vfio_user_virtio_server.physical_config import physical_of
+
+        owners += tuple(
+            physical_of(table, default_name=f"physical{number}")
+            for number, table in enumerate(physical, 1)
+        )
     root.finish()
     if not owners:
-        raise ConfigError(f"{where}: no [[owner]]; add one with at least one [[owner.member]]")
+        raise ConfigError(
+            f"{where}: no [[owner]]; add one with at least one [[owner.member]], "
+            "or [[physical]] with a [[physical.vf]]"
+        )
     check(owners, where)
     return owners
 
@@ -243,7 +281,7 @@ def _member(
     served = ServedMember(
         name=name,
         member=member,
-        socket=_socket(table),
+        socket=socket_of(table),
         pcap=table.parse("pcap", values.parse_path),
         legacy=table.take("legacy", bool) or False,
     )
@@ -261,15 +299,17 @@ def _pf(table: Table, *, owner_name: str, file: str, seed: bytes) -> ServedPf | 
             mac=table.parse("mac", values.parse_mac)
             or values.derived_mac(file, owner_name, name, seed=seed),
             sr_iov=table.take("sr_iov", bool) or False,
+            linux_compat=table.take("linux_compat", bool) is not False,
             allow_unsealed_memory=table.take("allow_unsealed_memory", bool) or False,
         ),
-        socket=_socket(table),
+        socket=socket_of(table),
     )
     table.finish()
     return pf
 
 
-def _socket(table: Table) -> SocketConfig:
+def socket_of(table: Table) -> SocketConfig:
+    """Where the clients of the device in `table` connect.  Raises ConfigError."""
     path = table.parse("socket_path", values.parse_socket_path)
     mode = table.parse("socket_mode", values.parse_mode)
     group = table.parse("socket_group", values.parse_name)
@@ -303,13 +343,15 @@ def _given(**arguments: int | None) -> dict[str, int]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def check(owners: Sequence[OwnerConfig], where: str) -> None:
+def check(owners: Sequence[Configured], where: str) -> None:
     """What must differ does.  Raises ConfigError naming both places.
 
     MAC addresses must differ in the whole file, since nothing says that two uplinks do not lead to
     the same network.
     """
     for owner in owners:
+        if not isinstance(owner, OwnerConfig):
+            continue
         if owner.pf is not None and any(served.legacy for served in owner.members):
             raise ConfigError(
                 f"{where}: owner {owner.name} serves its PF, whose client then has the legacy "
@@ -323,31 +365,52 @@ def check(owners: Sequence[OwnerConfig], where: str) -> None:
         seen[kind, value] = place
 
 
-def _unique_values(owners: Sequence[OwnerConfig]) -> Iterator[tuple[str, str | int | bytes, str]]:
+def _unique_values(owners: Sequence[Configured]) -> Iterator[tuple[str, str | int | bytes, str]]:
     """What only one may have: its kind, the value, and who has it."""
     for owner in owners:
         place = f"owner {owner.name}"
         yield "owner name", owner.name, place
-        match owner.uplink:
-            case values.TapUplink(name):
-                yield "TAP device", name, place
-            case values.TapFdUplink(fd):
-                yield "descriptor", fd, place
-            case values.DatagramUplink(path, _) | values.StreamListenUplink(path):
-                yield "path", os.path.abspath(path), place
-        if owner.pcap is not None:
-            yield "path", os.path.abspath(owner.pcap), place
+        if isinstance(owner, OwnerConfig):
+            yield from _unique_of_switch(owner, place)
         for served in owner.served:
-            kind = "member" if isinstance(served, ServedMember) else "PF"
-            place = f"{kind} {served.name} of owner {owner.name}"
-            yield "member name", served.name, place
-            yield "MAC address", served.mac, place
-            match served.socket:
-                case SocketPath(path, _, _):
-                    yield "path", os.path.abspath(path), place
-                case SocketFd(fd):
-                    yield "descriptor", fd, place
-                case InheritedSocket(fd_name) if fd_name is not None:
-                    yield "passed socket", fd_name, place
-            if isinstance(served, ServedMember) and served.pcap is not None:
-                yield "path", os.path.abspath(served.pcap), place
+            yield from _unique_of_served(served, owner.name)
+
+
+def _unique_of_switch(
+    owner: OwnerConfig, place: str
+) -> Iterator[tuple[str, str | int | bytes, str]]:
+    match owner.uplink:
+        case values.TapUplink(name):
+            yield "TAP device", name, place
+        case values.TapFdUplink(fd):
+            yield "descriptor", fd, place
+        case values.DatagramUplink(path, _) | values.StreamListenUplink(path):
+            yield "path", os.path.abspath(path), place
+    if owner.pcap is not None:
+        yield "path", os.path.abspath(owner.pcap), place
+
+
+def _unique_of_served(
+    served: Served, owner_name: str
+) -> Iterator[tuple[str, str | int | bytes, str]]:
+    match served:
+        case ServedMember():
+            place = f"member {served.name} of owner {owner_name}"
+            own: tuple[str, bytes | str] = "MAC address", served.mac
+        case ServedPf():
+            place = f"PF {served.name} of owner {owner_name}"
+            own = "MAC address", served.mac
+        case _:
+            place = f"VF {served.name} of owner {owner_name}"
+            own = "PCI address", str(served.vf.address)
+    yield "member name", served.name, place
+    yield *own, place
+    match served.socket:
+        case SocketPath(path, _, _):
+            yield "path", os.path.abspath(path), place
+        case SocketFd(fd):
+            yield "descriptor", fd, place
+        case InheritedSocket(fd_name) if fd_name is not None:
+            yield "passed socket", fd_name, place
+    if isinstance(served, ServedMember) and served.pcap is not None:
+        yield "path", os.path.abspath(served.pcap), place

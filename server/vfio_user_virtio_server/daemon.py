@@ -27,7 +27,7 @@ from vfio_user_virtio.migration.states import EVERYTHING, VFIO_USER
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
 from vfio_user_virtio_server import activation, sockets
 from vfio_user_virtio_server.assembly import assemble
-from vfio_user_virtio_server.config import InheritedSocket, SocketFd, SocketPath
+from vfio_user_virtio_server.config import InheritedSocket, OwnerConfig, SocketFd, SocketPath
 from vfio_user_virtio_server.notify import ServiceManager
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio_server.config import OwnerConfig, Served
+    from vfio_user_virtio_server.config import Configured, Served
+    from vfio_user_virtio_server.physical_config import PhysicalOwnerConfig
 
 _log: Final = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class _Door:
             self.listener.close()
 
 
-def run(owners: Sequence[OwnerConfig], *, one_off: bool) -> int:
+def run(owners: Sequence[Configured], *, one_off: bool) -> int:
     """Serve until a signal comes, or until no client can come any more; the exit code.
 
     Raises HostError, ConfigError when it cannot start.
@@ -72,7 +73,7 @@ def run(owners: Sequence[OwnerConfig], *, one_off: bool) -> int:
 
 
 async def _main(
-    configs: Sequence[OwnerConfig],
+    configs: Sequence[Configured],
     passed: Sequence[activation.Inherited],
     manager: ServiceManager,
     one_off: bool,
@@ -81,17 +82,17 @@ async def _main(
         signals = closers.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
         everything = [served for config in configs for served in config.served]
         doors = _open_doors(everything, passed, closers)
-        owners = [assemble(config, closers) for config in configs]
         broken: list[str] = []
-        devices = [
-            device
-            for config, owner in zip(configs, owners, strict=True)
-            for device in await _devices(config, owner)
-        ]
         try:
-            async with trio.open_nursery() as outer:
-                for owner in owners:
-                    outer.start_soon(owner.run)
+            async with contextlib.AsyncExitStack() as physical, trio.open_nursery() as outer:
+                devices: list[Device] = []
+                for config in configs:
+                    if isinstance(config, OwnerConfig):
+                        owner = assemble(config, closers)
+                        outer.start_soon(owner.run)
+                        devices += await _devices(config, owner)
+                    else:
+                        devices += await _open_physical(config, physical)
                 async with trio.open_nursery() as clients:
                     outer.start_soon(_stop_on_signal, signals, clients, doors, manager)
                     for served, device, door in zip(everything, devices, doors, strict=True):
@@ -101,8 +102,8 @@ async def _main(
                     for _ in range(_START_CHECKPOINTS):
                         await trio.lowlevel.checkpoint()
                     manager.ready()
-                    manager.status(_summary(owners))
-                    _log.info("ready: %s", _summary(owners))
+                    manager.status(_summary(configs))
+                    _log.info("ready: %s", _summary(configs))
                 outer.cancel_scope.cancel()
         except* HostError as failures:
             failure = _first(failures)
@@ -111,6 +112,14 @@ async def _main(
                 raise HostError(f"{broken[0]}; restart with a socket that listens")
             return
         raise failure
+
+
+async def _open_physical(
+    config: PhysicalOwnerConfig, physical: contextlib.AsyncExitStack
+) -> list[Device]:
+    from vfio_user_virtio.backends.vfio.physical import physical_functions
+
+    return await physical.enter_async_context(physical_functions(config.physical))
 
 
 async def _devices(config: OwnerConfig, owner: Owner) -> list[Device]:
@@ -210,8 +219,7 @@ def _open_doors(
                 door, where = _adopted(inherited[served.name], "LISTEN_FDS")
         closers.callback(door.close)
         doors.append(door)
-        mac = served.mac.hex(":")
-        _log.info("%s: MAC address %s, clients come by %s", served.name, mac, where)
+        _log.info("%s: %s, clients come by %s", served.name, served.identity, where)
     return doors
 
 
@@ -230,9 +238,9 @@ def _allow_many_descriptors() -> None:
         _log.debug("cannot raise the limit of open descriptors: %s", error)
 
 
-def _summary(owners: Sequence[Owner]) -> str:
-    devices = sum(len(owner.members) for owner in owners)
-    return f"serving devices: {devices}, owners: {len(owners)}"
+def _summary(configs: Sequence[Configured]) -> str:
+    devices = sum(len(config.served) for config in configs)
+    return f"serving devices: {devices}, owners: {len(configs)}"
 
 
 def _first(group: BaseExceptionGroup[HostError]) -> HostError:

@@ -31,8 +31,16 @@ from vfio_user_virtio_server.config import (
 
 if TYPE_CHECKING:
     import argparse
+    import uuid
+
+    from vfio_user_virtio.backends.vfio.opening import Way
+    from vfio_user_virtio.backends.vfio.sysfs import PciAddress
+    from vfio_user_virtio_server.config import Configured
 
 _log: Final = logging.getLogger(__name__)
+
+VF_OPTIONS: Final = ("pf", "member", "vf_token", "no_map_bars", "way", "unsafe_noiommu")
+"""Options that go with ``--vf`` only."""
 
 DEVICE_OPTIONS: Final = (
     "mac",
@@ -47,6 +55,8 @@ DEVICE_OPTIONS: Final = (
     "pf_socket_path",
     "socket_mode",
     "socket_group",
+    *VF_OPTIONS,
+    "vf",
 )
 """Options that describe the one device; with ``--config`` they belong into the file."""
 
@@ -153,8 +163,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "migrates the device then",
     )
 
+    _add_vf_arguments(parser)
 
-def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
+
+def _add_vf_arguments(parser: argparse.ArgumentParser) -> None:
+    physical = parser.add_argument_group("a physical VF instead of the software model")
+    physical.add_argument(
+        "--vf",
+        metavar="PCI",
+        type=_address,
+        help="the VF, such as 0000:03:00.2, bound to vfio-pci",
+    )
+    physical.add_argument(
+        "--pf",
+        metavar="PCI",
+        type=_address,
+        help="own this PF, for migration (default: the VF's, if vfio-pci holds it)",
+    )
+    physical.add_argument(
+        "--member",
+        metavar="N",
+        type=_member_id,
+        help="the number by which the owner knows the VF (default: as sysfs says)",
+    )
+    physical.add_argument(
+        "--vf-token",
+        metavar="UUID",
+        type=_token,
+        help="VF token of the PF, if another process owns that",
+    )
+    physical.add_argument(
+        "--way",
+        metavar="{cdev,group}",
+        type=_way,
+        help="how to open it (default: the best that the kernel has)",
+    )
+    physical.add_argument(
+        "--no-map-bars",
+        action="store_true",
+        default=None,
+        help="keep the VF's descriptor from the client; each doorbell is a message then",
+    )
+    physical.add_argument(
+        "--unsafe-noiommu",
+        action="store_true",
+        default=None,
+        help="take a device that no IOMMU keeps from all of the host's memory",
+    )
+
+
+def _address(text: str) -> PciAddress:
+    from vfio_user_virtio.backends.vfio.sysfs import PciAddress
+
+    return argument(PciAddress.parse)(text)
+
+
+def _member_id(text: str) -> int:
+    from vfio_user_virtio_server.physical_config import parse_member_id
+
+    return argument(parse_member_id)(text)
+
+
+def _token(text: str) -> uuid.UUID:
+    from vfio_user_virtio_server.physical_config import parse_token
+
+    return argument(parse_token)(text)
+
+
+def _way(text: str) -> Way:
+    from vfio_user_virtio_server.physical_config import parse_way
+
+    return argument(parse_way)(text)
+
+
+def owners_of(options: argparse.Namespace) -> tuple[Configured, ...]:
     """The owners that the options describe.  Raises ConfigError, HostError."""
     if options.config is not None:
         for name in DEVICE_OPTIONS:
@@ -162,8 +244,16 @@ def owners_of(options: argparse.Namespace) -> tuple[OwnerConfig, ...]:
                 option = "--" + name.replace("_", "-")
                 raise _usage(f"{option} does not go with --config; write it into the file")
         return read_file(options.config)
-    arguments = {} if options.queue_pairs is None else {"queue_pairs": options.queue_pairs}
     socket = _socket(options)
+    if options.vf is not None:
+        from vfio_user_virtio_server.physical_config import physical_of_options
+
+        return (physical_of_options(options, DEVICE_NAME, socket),)
+    for name in VF_OPTIONS:
+        if getattr(options, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise _usage(f"{option} is for a physical VF; add --vf")
+    arguments = {} if options.queue_pairs is None else {"queue_pairs": options.queue_pairs}
     member = MemberConfig(
         mac=options.mac or _made_mac(socket),
         mtu=options.mtu,

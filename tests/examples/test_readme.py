@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from tests.examples.example_process import EXAMPLES, PROJECT, shell_words
+from tests.server.software import software
 from tests.testbed.server_process import COMMAND, serve
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.config import DEFAULT_FEATURES
@@ -113,7 +114,7 @@ def test_uplinks_exist() -> None:
 
 def test_configuration_is_taken() -> None:
     for text in blocks("toml", "[[owner]]"):
-        (owner,) = parse_document(tomllib.loads(text), "README.md", seed=b"host")
+        (owner,) = software(parse_document(tomllib.loads(text), "README.md", seed=b"host"))
         assert [served.name for served in owner.members] == ["vm1", "vm2"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.software import software
 from vfio_user_virtio.errors import ConfigError, HostError
 from vfio_user_virtio.virtio.features import Feature
 from vfio_user_virtio_server import values
@@ -26,7 +27,7 @@ EXAMPLE = Path(__file__).parents[2] / "server" / "systemd" / "example.toml"
 
 
 def parse(text: str) -> tuple[OwnerConfig, ...]:
-    return parse_document(tomllib.loads(text), "f.toml", seed=b"host")
+    return software(parse_document(tomllib.loads(text), "f.toml", seed=b"host"))
 
 
 def member(line: str) -> str:
@@ -43,7 +44,7 @@ def refusal(text: str) -> str:
 
 
 def test_the_example_says_everything_there_is_to_say() -> None:
-    office, lab = read_file(str(EXAMPLE), seed=b"host")
+    office, lab = software(read_file(str(EXAMPLE), seed=b"host"))
     assert office.name == "office"
     assert office.uplink == values.TapUplink("vnet0")
     vm1, vm2 = office.members
@@ -93,8 +94,8 @@ def test_a_legacy_view_is_the_members() -> None:
 
 def test_two_files_on_one_host_do_not_make_the_same_addresses() -> None:
     document = tomllib.loads(member(""))
-    (one,) = parse_document(document, "vm1.toml", seed=b"host")
-    (two,) = parse_document(document, "vm2.toml", seed=b"host")
+    (one,) = software(parse_document(document, "vm1.toml", seed=b"host"))
+    (two,) = software(parse_document(document, "vm2.toml", seed=b"host"))
     assert one.members[0].member.mac != two.members[0].member.mac
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.server.server_process import run, served, short_folder
+from tests.server.software import software
 from vfio_user_virtio.backends.vfio.owner import owned
 from vfio_user_virtio.device import FeatureOperation, VfioIrq
 from vfio_user_virtio.errors import ConfigError, HostError, RemoteError
@@ -42,7 +43,7 @@ def parsed(**pf: object) -> OwnerConfig:
     if pf.pop("legacy", False):
         member["legacy"] = True
     document: dict[str, object] = {"owner": [{"name": "blue", "member": [member], "pf": pf}]}
-    (owner,) = parse_document(document, "a.toml", seed=b"seed")
+    (owner,) = software(parse_document(document, "a.toml", seed=b"seed"))
     return owner
 
 
@@ -56,9 +57,11 @@ def test_a_pf_has_a_name_an_address_and_a_socket() -> None:
     assert pf is not None
     assert (pf.name, pf.socket) == ("blue-pf", SocketPath("/run/pf.sock"))
     assert pf.function.sr_iov
+    assert pf.function.linux_compat
     assert pf.mac == pf.function.mac != parsed().members[0].mac
-    owner = parsed(fd_name="pf", name="boss", mac="02:00:00:00:00:99")
+    owner = parsed(fd_name="pf", name="boss", mac="02:00:00:00:00:99", linux_compat=False)
     assert isinstance(owner.pf, ServedPf)
+    assert not owner.pf.function.linux_compat
     assert (owner.pf.name, owner.pf.mac.hex()) == ("boss", "020000000099")
     assert owner.pf.socket == InheritedSocket("pf")
     assert owner.served[-1] is owner.pf
@@ -71,6 +74,7 @@ def test_a_pf_has_a_name_an_address_and_a_socket() -> None:
         ({"socket_path": "/run/p", "name": "blue-1"}, "member name blue-1 is used"),
         ({"socket_path": "/run/p", "uplink": "none"}, "unknown key 'uplink'"),
         ({"socket_path": "/run/p", "sr_iov": 1}, "sr_iov"),
+        ({"socket_path": "/run/p", "linux_compat": "yes"}, "linux_compat"),
         ({"socket_path": "/run/p", "legacy": True}, "whose client then has the legacy commands"),
     ],
 )
@@ -81,7 +85,7 @@ def test_a_pf_that_cannot_be_is_refused(pf: dict[str, object], problem: str) -> 
 
 def test_options_describe_a_pf_too(folder: Path) -> None:
     arguments = ["serve", "--socket-path", f"{folder}/vm", "--pf-socket-path", f"{folder}/pf"]
-    (owner,) = owners_of(_parser(arguments).parse_args(arguments))
+    (owner,) = software(owners_of(_parser(arguments).parse_args(arguments)))
     assert owner.pf is not None
     assert owner.pf.socket == SocketPath(f"{folder}/pf")
     assert owner.pf.mac != owner.members[0].mac

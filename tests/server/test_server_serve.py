@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 from tests.server.server_process import short_folder
 from vfio_user_virtio_server import activation, serve, values
-from vfio_user_virtio_server.config import InheritedSocket, SocketFd, SocketPath
+from vfio_user_virtio_server.config import InheritedSocket, OwnerConfig, SocketFd, SocketPath
 
 if TYPE_CHECKING:
     import pytest
-
-    from vfio_user_virtio_server.config import OwnerConfig
 
 
 def owner(*arguments: str) -> OwnerConfig:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     (made,) = serve.owners_of(parser.parse_args(arguments))
+    assert isinstance(made, OwnerConfig)
     return made
 
 

@@ -1,0 +1,205 @@
+"""Physical VFs as devices to be served, with the PF that owns them if it is ours.
+
+What `opened` puts together is in the other modules: the PF is opened first and brought up as an
+owner, because opening it resets it, then the VFs with the PF's token.  An owner that knows device
+parts gives its VFs migration; one that does not, or that a driver of the kernel has, leaves them as
+they are, and the log says what is missing.
+
+The owner may be named; otherwise it is the PF that sysfs names, if vfio-pci holds that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from vfio_user_virtio.backends.transitional import transitional
+from vfio_user_virtio.backends.vfio import sysfs
+from vfio_user_virtio.backends.vfio.binding import VFIO_PCI
+from vfio_user_virtio.backends.vfio.function import VfFunction
+from vfio_user_virtio.backends.vfio.iommufd import DEV
+from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function
+from vfio_user_virtio.backends.vfio.owner import owned
+from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
+from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.migration.admin_client import AdminClient
+from vfio_user_virtio.migration.member_migration import MemberMigration
+from vfio_user_virtio.migration.migratable_device import MigratableDevice
+from vfio_user_virtio.migration.parts_owner import PartsOwner
+from vfio_user_virtio.migration.states import EVERYTHING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from vfio_user_virtio.backends.vfio.opening import OpenedFunction, Way
+    from vfio_user_virtio.backends.vfio.sysfs import PciAddress
+    from vfio_user_virtio.device import Device
+    from vfio_user_virtio.migration.states import Options
+
+_log: Final = logging.getLogger(__name__)
+
+
+@attrs.frozen(kw_only=True)
+class VfConfig:
+    """One VF.  `member_id`: by which the owner knows it; None: as sysfs says.
+
+    `map_bars`: whether its client may map what can be mapped; a client without that has only the
+    socket, and each doorbell is a message.  `legacy`: also a transitional device.
+    """
+
+    address: PciAddress
+    member_id: int | None = None
+    map_bars: bool = True
+    legacy: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class PhysicalConfig:
+    """VFs of one owner.  `pf`: the PF that we own; None: the VFs' own, if vfio-pci holds it.
+
+    `vf_token`: the PF's, if another process owns that; ours has one of its own otherwise.
+    `states`: the migration states on offer.  `way`, `unsafe_noiommu`: see `OpenOptions`.
+    """
+
+    vfs: tuple[VfConfig, ...]
+    pf: PciAddress | None = None
+    vf_token: uuid.UUID | None = None
+    states: Options = EVERYTHING
+    way: Way | None = None
+    unsafe_noiommu: bool = False
+
+
+@attrs.frozen
+class Roots:
+    """Where sysfs and device nodes are."""
+
+    sys: Path = sysfs.SYS
+    dev: Path = DEV
+
+
+_HERE: Final = Roots()
+
+
+@contextlib.asynccontextmanager
+async def physical_functions(
+    config: PhysicalConfig, roots: Roots = _HERE
+) -> AsyncIterator[list[Device]]:
+    """The devices of `config`, in its order, for the length of the block.
+
+    Raises HostError when one cannot be opened; then none stays open.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        pf = config.pf or _vfio_owner(config.vfs, roots)
+        token = config.vf_token or uuid.uuid4()
+        owner = None if pf is None else await _own(stack, pf, token, config, roots)
+        if owner is None:
+            _log.warning(
+                "no PF is ours: devices cannot be migrated; give the PF to vfio-pci, "
+                "vfio-user-virtio bind, and name it with --pf"
+            )
+        functions: list[VfFunction] = []
+        devices: list[Device] = []
+        for vf in config.vfs:
+            opened = await _open(vf.address, token, config, roots)
+            try:
+                function = VfFunction(opened, map_bars=vf.map_bars)
+            except HostError:
+                opened.close()
+                raise
+            stack.callback(function.close)
+            functions.append(function)
+            devices.append(await _device(function, vf, owner, config.states, roots))
+        watchers = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(watchers.cancel_scope.cancel)
+        for function in functions:
+            watchers.start_soon(function.watch)
+        yield devices
+
+
+def _vfio_owner(vfs: Sequence[VfConfig], roots: Roots) -> PciAddress | None:
+    """The PF of all `vfs`, if vfio-pci holds it.  Raises HostError for those of several."""
+    found = {
+        owner
+        for vf in vfs
+        if (owner := sysfs.physical_function(vf.address, roots.sys)) is not None
+    }
+    if len(found) > 1:
+        shown = " and ".join(map(str, sorted(found)))
+        raise HostError(f"the VFs have different PFs, {shown}; make a [[physical]] for each")
+    ours = [owner for owner in found if sysfs.driver(owner, roots.sys) == VFIO_PCI]
+    return ours[0] if ours else None
+
+
+async def _own(
+    stack: contextlib.AsyncExitStack,
+    pf: PciAddress,
+    token: uuid.UUID,
+    config: PhysicalConfig,
+    roots: Roots,
+) -> PartsOwner:
+    opened = await _open(pf, token, config, roots)
+    access = KernelAccess(opened)
+    stack.callback(access.close)
+    stack.callback(opened.close)
+    queue = await stack.enter_async_context(owned(access, str(pf)))
+    parts_owner = PartsOwner(AdminClient(queue))
+    support = await parts_owner.discover()
+    if support.lack is not None:
+        _log.warning("%s: its VFs cannot be migrated: %s", pf, support.lack)
+    return parts_owner
+
+
+async def _open(
+    address: PciAddress, token: uuid.UUID, config: PhysicalConfig, roots: Roots
+) -> OpenedFunction:
+    options = OpenOptions(
+        way=config.way,
+        vf_token=token if _takes_token(address, roots) else None,
+        unsafe_noiommu=config.unsafe_noiommu,
+    )
+    return await trio.to_thread.run_sync(
+        lambda: open_function(address, options, root=roots.sys, dev=roots.dev)
+    )
+
+
+def _takes_token(address: PciAddress, roots: Roots) -> bool:
+    """Whether the kernel wants a VF token: of a PF with SR-IOV, and of VFs whose PF is on vfio-pci;
+    any other function is refused with one."""
+    owner = sysfs.physical_function(address, roots.sys)
+    if owner is not None:
+        return sysfs.driver(owner, roots.sys) == VFIO_PCI
+    return sysfs.sriov(address, roots.sys) is not None
+
+
+async def _device(
+    function: VfFunction,
+    vf: VfConfig,
+    owner: PartsOwner | None,
+    states: Options,
+    roots: Roots,
+) -> Device:
+    if owner is None:
+        if vf.legacy:
+            raise HostError(f"{vf.address}: legacy takes an owner; name its PF with --pf")
+        return function
+    member_id = vf.member_id or sysfs.group_member_id(vf.address, roots.sys)
+    if member_id is None:
+        raise HostError(
+            f"{vf.address} is not a VF that its PF knows; name the number by which its owner knows "
+            "it: --member N"
+        )
+    device: Device = function
+    if owner.support.lack is None:
+        migration = MemberMigration(
+            owner, member_id, name=function.name, clock=trio.current_time, options=states
+        )
+        device = MigratableDevice(function, migration, function.logging)
+    if vf.legacy:
+        device = await transitional(device, owner.client, member_id)
+    return device
