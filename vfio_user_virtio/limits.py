@@ -202,6 +202,12 @@ lock by default (ulimit -l)."""
 OWNER_RESET_SECONDS: Final = 5.0
 """How long a PF may take from device_status = 0 until it reads 0."""
 
+MIN_RECOVERY_SECONDS: Final = 0.1
+"""First pause before a PF that failed is reset and brought up again; it doubles from then on."""
+
+MAX_RECOVERY_SECONDS: Final = 30.0
+"""Longest such pause."""
+
 ADMIN_COMMAND_SECONDS: Final = 3.0
 """How long one command may take, from waiting for its turn to the last time it is sent."""
 

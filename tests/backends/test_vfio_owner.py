@@ -17,6 +17,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.admin_queue import DeviceTiming
 from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.backends.vfio.owner import OWNER_IOVA, destroy_stale_objects, owned
+from vfio_user_virtio.backends.vfio.owner_watch import keep_up
 from vfio_user_virtio.device import ResetCause
 from vfio_user_virtio.errors import DriverError, HostError
 from vfio_user_virtio.migration.admin_client import AdminClient, AdminError
@@ -313,3 +314,51 @@ async def test_a_member_migrates_by_way_of_two_pfs() -> None:
         assert not there.member(2).mode.stopped
         assert there.member(2).function.common.state.queue_select == 2
         assert source.parts.objects_in_use == target.parts.objects_in_use == 0
+
+
+# --- kept up ------------------------------------------------------------------------------------
+
+
+async def test_an_owner_that_fails_is_brought_up_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    pf = Pf()
+    async with driven(pf) as made, trio.open_nursery() as nursery:
+        await made.parts.discover()
+        nursery.start_soon(keep_up, made.owner, made.parts)
+        for _ in range(3):
+            await made.parts.create(1, ObjectKind.GET)
+            pf.function._fail(DriverError("for a test"))
+            assert "DEVICE_NEEDS_RESET" in str(await made.owner.until_failure())
+            await trio.sleep(1)
+            assert made.owner.failure is None
+            assert made.parts.support.lack is None
+            assert made.parts.objects_in_use == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_owner_that_does_not_come_up_is_tried_again(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    pf = Pf()
+    async with driven(pf) as made, trio.open_nursery() as nursery:
+        await made.parts.discover()
+        nursery.start_soon(keep_up, made.owner, made.parts)
+        offered, pf.function.function.common._offered = pf.function.function.common._offered, 0
+        pf.function._fail(DriverError("for a test"))
+        await trio.sleep(20)
+        assert "does not offer VERSION_1, ADMIN_VQ" in str(made.owner.failure)
+        pf.function.function.common._offered = offered
+        await trio.sleep(limits.MAX_RECOVERY_SECONDS)
+        assert made.owner.failure is None
+        nursery.cancel_scope.cancel()
+    assert caplog.text.count("tried again") == 1
+
+
+async def test_an_owner_that_is_lost_is_given_up() -> None:
+    async with served(Pf().function) as client, owned(client, "pf") as owner:
+        parts = PartsOwner(AdminClient(owner))
+        client.close()
+        owner._look_at_status()
+        assert "closed on our side" in str(await keep_up(owner, parts))

@@ -60,6 +60,11 @@ class PartsOwner:
         """Ids that are taken by an object, of this member, that nobody uses and that may exist."""
         self._limit = 0
 
+    def forget_objects(self) -> None:
+        """The owner has been reset: it holds no objects any more, and has to be asked anew."""
+        self._taken.clear()
+        self.support = Support("the owner has been reset and not been asked yet")
+
     async def discover(self) -> Support:
         """Ask the owner.  Raises HostError when it is gone; a refusal is in the answer."""
         try:

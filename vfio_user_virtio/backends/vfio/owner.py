@@ -83,6 +83,7 @@ class VfioOwner:
         self._ring: AdminRing | None = None
         self._failure: HostError | None = HostError(f"{name}: the owner has not been started")
         self._closed = False
+        self._failed = trio.Event()
         self.lost = trio.Event()
         """Set when the device is to be closed: it has gone, or the host wants it back."""
 
@@ -94,6 +95,12 @@ class VfioOwner:
     @property
     def failure(self) -> HostError | None:
         """Why commands fail, or None while they do not; `recover` may mend it."""
+        return self._failure
+
+    async def until_failure(self) -> HostError:
+        """Why commands fail, as soon as they do; at once if they do now."""
+        while self._failure is None:
+            await self._failed.wait()
         return self._failure
 
     @property
@@ -144,6 +151,15 @@ class VfioOwner:
         Raises HostError if it does not come back.
         """
         self._fail("it is being reset")
+        try:
+            await self._recover()
+        except HostError as error:
+            await self._check_status()
+            self._fail(str(error))
+            raise
+        _log.info("%s: the owner is back; its objects and lists are gone", self.name)
+
+    async def _recover(self) -> None:
         await self._transport.open()
         try:
             await self._transport.reset()
@@ -155,7 +171,6 @@ class VfioOwner:
             await self._transport.reset()
         await self._take_interrupts()
         await self._bring_up()
-        _log.info("%s: the owner is back; its objects and lists are gone", self.name)
 
     async def close(self) -> None:
         """Leave the device reset, and give everything back.  Every command under way fails."""
@@ -270,6 +285,8 @@ class VfioOwner:
         if self._failure is None and not self._closed:
             _log.warning("%s: no more commands: %s", self.name, problem)
         self._failure = HostError(f"{self.name}: {problem}")
+        self._failed.set()
+        self._failed = trio.Event()
         if self._ring is not None:
             self._ring.fail(self._failure)
 

@@ -1,0 +1,50 @@
+"""Keeping an owner up: what failed is reset and asked anew, as long as its device is there.
+
+A PF that asks for a reset, or that somebody else has reset, serves no migration until it has been
+brought up again.  That is safe at any time: what its reset takes with it, lists and resource
+objects, is gone already or of no use any more, and members keep running.  A migration that was
+under way fails, and the next one finds an owner.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vfio_user_virtio import limits
+from vfio_user_virtio.errors import HostError
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.backends.vfio.owner import VfioOwner
+    from vfio_user_virtio.migration.parts_owner import PartsOwner
+
+_log: Final = logging.getLogger(__name__)
+
+
+async def keep_up(owner: VfioOwner, parts: PartsOwner) -> HostError:
+    """Recover `owner` whenever it fails, and discover `parts`, made for it, again.
+
+    Returns, with the reason, when its device is lost: then it has to be closed.
+    """
+    while True:
+        failure = await owner.until_failure()
+        pause = limits.MIN_RECOVERY_SECONDS
+        while not owner.lost.is_set():
+            await trio.sleep(pause)
+            pause = min(2 * pause, limits.MAX_RECOVERY_SECONDS)
+            try:
+                await owner.recover()
+                parts.forget_objects()
+                support = await parts.discover()
+            except HostError as error:
+                if str(error) != str(failure):
+                    _log.warning("%s; the owner is tried again until it is back", error)
+                failure = error
+            else:
+                if support.lack is not None:
+                    _log.warning("%s: its VFs cannot migrate: %s", owner.name, support.lack)
+                break
+        if owner.lost.is_set():
+            return failure
