@@ -176,10 +176,14 @@ class World:
             self.peer_ram.close()
 
     async def _end(self) -> None:
-        """Everybody leaves; the owner has failed for the last time, and nothing is left."""
+        """The owner has failed for the last time: members run on, and then nothing is left."""
         self.queue.disarm()
         self.memory.delay = 0.0
         await self.others_are_done()
+        for place in (self.here, self.there):
+            if place.migration.state not in (ERROR, RESUMING):
+                await place.client.set_state(RUNNING)
+        await self.check()
         for place in (self.here, self.there, self._peer):
             await place.session.end()
             place.pci.close()
