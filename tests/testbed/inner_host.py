@@ -2,9 +2,10 @@
 
 There is neither an IOMMU nor a physical VF on the machines that run these tests, but an emulated
 machine can have both.  Its kernel, VFIO, IOMMU driver and SR-IOV are the real ones; the code under
-test cannot tell.  With our own kernel the guest sees this host's files (9p, read only) and changes
-its root to them; with Debian's it gets Python in its initial RAM file system (`inner_python`).
-Either way the paths are the same inside and outside, and `/run` inside is writable.
+test cannot tell.  Python and the project are in its initial RAM file system (`inner_python`), under
+the same paths as outside.  With our own kernel the cache folder (QEMU, kernels) is there too, by
+9p and read only, so that a guest can run inside.  Imports over 9p from this host's root were tried
+and rejected: they take four times as long.
 
 In a test::
 
@@ -44,9 +45,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from tests.testbed import inner_python
-from tests.testbed.bed import Bed
+from tests.testbed.bed import Bed, cache_root
 from tests.testbed.guest import Guest, GuestFailed, boot
-from tests.testbed.inner_machine import InnerIommu, InnerMachine, Kernel
+from tests.testbed.inner_machine import CACHE_TAG, InnerIommu, InnerMachine, Kernel
 from tests.testbed.inner_ports import FramePort
 from tests.testbed.inner_results import read_cases
 from vfio_user_virtio.testing.loopback import ungrouped_nursery
@@ -61,21 +62,16 @@ PROJECT: Final = inner_python.PROJECT
 FACTS: Final = "INNER_HOST"
 """Environment variable in which tests inside find, as JSON, what they run on."""
 
-ROOT: Final = "/host"
-MOUNT_ROOT: Final = f"""
-mkdir -p {ROOT}
-mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose root {ROOT}
-for folder in dev proc sys; do mount -o bind /$folder {ROOT}/$folder; done
-mount -t tmpfs none {ROOT}/run
-"""
 MOUNT_DEVICES: Final = """
 set -e
 mkdir -p /dev/pts /dev/shm
 mount -t devpts none /dev/pts
 mount -t tmpfs none /dev/shm
 """
-HIDDEN: Final = ("/dev", "/proc", "/sys", "/run")
-"""Folders that are the guest's own, so that a project in one of them would not be seen."""
+MOUNT_CACHE: Final = f"""
+mkdir -p {{0}}
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose {CACHE_TAG} {{0}}
+"""
 
 PYTEST: Final = (
     *("-m", "pytest", "-c", "pyproject.toml"),
@@ -89,7 +85,7 @@ ENDED: Final = (0, 1)
 class InnerHost:
     """A running inner host; `boot_inner_host` makes one.
 
-    `guest` is its shell (busybox, outside of the changed root); `ports` are the cables of the
+    `guest` is its shell, busybox; `ports` are the cables of the
     SR-IOV device's functions, the PF's first.
     """
 
@@ -108,6 +104,7 @@ class InnerHost:
         environment = {
             "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": "/run",
+            "XDG_CACHE_HOME": str(cache_root().parent),
             "TMPDIR": "/run",
             "LC_ALL": "C.UTF-8",
             "PYTHONPATH": "server:.",
@@ -117,8 +114,7 @@ class InnerHost:
         }
         settings = " ".join(f"{name}={shlex.quote(text)}" for name, text in environment.items())
         inside = f"cd {shlex.quote(str(PROJECT))} && {settings} exec {shlex.join(argv)}"
-        root = f"chroot {ROOT} " if self.machine.kernel is Kernel.OWN else ""
-        return await self.guest.execute(f"exec {root}/bin/sh -c {shlex.quote(inside)}", seconds)
+        return await self.guest.execute(inside, seconds)
 
     async def python(
         self, *argv: str, seconds: float = 60, env: Mapping[str, str] | None = None
@@ -141,8 +137,7 @@ class InnerHost:
             raise GuestFailed(
                 f"`pytest {shlex.join(argv)}` ended inside with {result.code}:\n{result.output}"
             )
-        root = ROOT if self.machine.kernel is Kernel.OWN else ""
-        return read_cases(await self.guest.run(f"cat {root}{RESULTS}"))
+        return read_cases(await self.guest.run(f"cat {RESULTS}"))
 
     async def bind(self, address: str, driver: str = "vfio-pci") -> None:
         """Binds a PCI function to `driver`, away from what it is bound to."""
@@ -196,17 +191,12 @@ async def _carry(source: FramePort, target: FramePort) -> None:
             await target.send(frame)
 
 
-def prepare(machine: InnerMachine, folder: Path) -> tuple[Path, ...]:
-    """Makes the host's folder; the archives that its initial file system gets beside its own."""
+def write_archive(folder: Path) -> Path:
+    """Makes the host's folder, and in it what its initial file system gets beside its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    if machine.kernel is Kernel.OWN:
-        for place in (str(PROJECT), sys.prefix, sys.base_prefix):
-            if place.startswith(HIDDEN):
-                raise GuestFailed(f"{place} is not seen inside, where {HIDDEN} are its own")
-        return ()
     archive = folder / "python.cpio"
     inner_python.write(archive)
-    return (archive,)
+    return archive
 
 
 @asynccontextmanager
@@ -218,7 +208,7 @@ async def boot_inner_host(
     Raises `GuestFailed`, `InnerKernelMissing`.
     """
     own = machine.kernel is Kernel.OWN
-    archives = prepare(machine, folder)
+    archive = write_archive(folder)
     async with AsyncExitStack() as stack:
         ports = [
             FramePort(folder, number) for number in range(machine.vfs + 1 if machine.vfs else 0)
@@ -226,10 +216,12 @@ async def boot_inner_host(
         for port in ports:
             stack.callback(port.close)
             await port.open()
-        outer = machine.machine(bed, folder, archives)
+        outer = machine.machine(bed, folder, (archive,))
         guest = await stack.enter_async_context(boot(bed, outer, folder))
-        await guest.run(MOUNT_DEVICES + (MOUNT_ROOT if own else ""))
-        if not own and machine.iommu in (InnerIommu.VIRTIO, InnerIommu.AMD):
+        await guest.run(MOUNT_DEVICES)
+        if own:
+            await guest.run(MOUNT_CACHE.format(shlex.quote(str(cache_root()))))
+        elif machine.iommu in (InnerIommu.VIRTIO, InnerIommu.AMD):
             # busybox's insmod takes no module's options from the kernel's command line
             option = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
             await guest.run(f"echo 1 >{option}")

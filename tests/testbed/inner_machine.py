@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from tests.testbed import inner_kernel
+from tests.testbed.bed import cache_root
 from tests.testbed.inner_ports import port_paths
 from tests.testbed.machine import Machine, vfio_user_pci
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 UNSAFE_INTERRUPTS: Final = (
     "vfio_iommu_type1.allow_unsafe_interrupts=1 iommufd.allow_unsafe_interrupts=1"
 )
+CACHE_TAG: Final = "cache"
+READ_ONLY: Final = "security_model=none,readonly=on,multidevs=remap"
 PF_MAC: Final = "52:54:00:00:01:00"
 MAX_VFS: Final = 7
 """A PF and its VFs are functions 0 to 7 of one PCI device."""
@@ -131,8 +134,7 @@ class InnerMachine:
         own = self.kernel is Kernel.OWN
         first = ("virtio_iommu",) if self.iommu is InnerIommu.VIRTIO else ()
         if own:
-            root = "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
-            devices += ["-virtfs", root]
+            devices += ["-virtfs", f"local,path={cache_root()},mount_tag={CACHE_TAG},{READ_ONLY}"]
         return Machine(
             devices=(*devices, *self.devices),
             memory_mib=self.memory_mib,

@@ -5,6 +5,8 @@ They are QEMU's `-netdev dgram`, which needs neither root nor a network namespac
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -39,3 +41,5 @@ class FramePort:
 
     def close(self) -> None:
         self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._ours)
