@@ -23,7 +23,7 @@ WAYS = json.loads(os.environ.get("INNER_HOST", '{"ways": []}'))["ways"]
 if "noiommu" in WAYS:
 
     def test_refused_unless_allowed(inner: InnerFacts) -> None:
-        for options in (OpenOptions(), OpenOptions(way=Way.NOIOMMU)):
+        for options in (OpenOptions(), *(OpenOptions(way=way) for way in Way)):
             with pytest.raises(HostError, match="all of the host's memory"):
                 open_function(PciAddress.parse(inner.vfs[0]), options)
 

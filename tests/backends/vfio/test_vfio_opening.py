@@ -127,16 +127,29 @@ def test_no_iommu(model: ModelKernel) -> None:
     with pytest.raises(HostError, match=r"neither a node .* nor a group"):
         model.open()
     (model.dev / "gone").rename(model.dev / f"vfio/noiommu-{GROUP}")
-    with pytest.raises(HostError, match="all of the host's memory"):
-        model.open()
-    with pytest.raises(HostError, match="unsafe_noiommu"):
-        model.open(OpenOptions(way=Way.NOIOMMU))
+    for way in (None, Way.NOIOMMU, Way.GROUP):
+        with pytest.raises(HostError, match=r"all of the host's memory.*unsafe_noiommu"):
+            model.open(OpenOptions(way=way))
     opened = model.open(OpenOptions(unsafe_noiommu=True))
     assert opened.way is Way.NOIOMMU
     with pytest.raises(KernelRefusal, match="no memory can be mapped"):
         opened.space.map_memory(0, 0x1000, DmaAccess.READ, 0)
     opened.space.unmap_all()
     opened.close()
+
+
+def test_no_iommu_in_a_kernel_that_has_nodes_for_that(model: ModelKernel) -> None:
+    """Linux 7.3: the node works, and maps what it is told to addresses that mean the host's."""
+    nodes = model.sys / "bus/pci/devices" / str(ADDRESS) / "vfio-dev"
+    (nodes / "vfio0").rename(nodes / "noiommu-vfio0")
+    (model.dev / "vfio/devices/noiommu-vfio0").symlink_to(model.node)
+    for options in (
+        OpenOptions(),
+        OpenOptions(way=Way.CDEV),
+        OpenOptions(way=Way.CDEV, unsafe_noiommu=True),
+    ):
+        with pytest.raises(HostError, match="all of the host's memory"):
+            model.open(options)
 
 
 def test_a_kernel_without_nodes(model: ModelKernel) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
+_NOIOMMU: Final = "noiommu-"
 _NO_TOKENS: Final = frozenset({errno.E2BIG, errno.EINVAL})
 
 
@@ -86,7 +87,7 @@ def open_function(
     """
     options = options or OpenOptions()
     _check_driver(address, root)
-    ways = [options.way] if options.way else _offered(address, options, root, dev)
+    ways = _offered(address, options, root, dev)
     while True:
         way = ways.pop(0)
         try:
@@ -112,24 +113,31 @@ def _check_driver(address: PciAddress, root: Path) -> None:
 
 
 def _offered(address: PciAddress, options: OpenOptions, root: Path, dev: Path) -> list[Way]:
+    """The ways to try, best first.  Raises HostError where there is none, or none that is allowed.
+
+    The kernel has nodes of both kinds for a function without an IOMMU, too, under names of their
+    own; it must not be opened by either unless that is meant.
+    """
     node = sysfs.vfio_cdev(address, root)
     group = sysfs.iommu_group(address, root)
+    unsafe = group is not None and group_path(group, noiommu=True, dev=dev).exists()
+    if unsafe or (node is not None and node.startswith(_NOIOMMU)):
+        if not options.unsafe_noiommu or options.way not in (None, Way.NOIOMMU):
+            raise HostError(
+                f"{address} has no IOMMU in front of it: it could read and write all of the host's "
+                "memory; turn the host's IOMMU on, or allow unsafe_noiommu for experiments",
+                exit_code=os.EX_UNAVAILABLE,
+            )
+        return [Way.NOIOMMU]
+    if options.way is not None:
+        return [options.way]
     ways = []
-    if node and (dev / CDEVS / node).exists() and (dev / IOMMUFD).exists():
+    if node is not None and (dev / CDEVS / node).exists() and (dev / IOMMUFD).exists():
         ways.append(Way.CDEV)
     if group is not None and group_path(group, dev=dev).exists():
         ways.append(Way.GROUP)
-    noiommu = group is not None and group_path(group, noiommu=True, dev=dev).exists()
-    if noiommu and options.unsafe_noiommu:
-        return [Way.NOIOMMU]
     if ways:
         return ways
-    if noiommu:
-        raise HostError(
-            f"{address} has no IOMMU in front of it: it could read and write all of the host's "
-            "memory; turn the host's IOMMU on, or allow unsafe_noiommu for experiments",
-            exit_code=os.EX_UNAVAILABLE,
-        )
     raise HostError(
         f"{address} has neither a node in /dev/vfio/devices nor a group in /dev/vfio; "
         "turn the host's IOMMU on (intel_iommu=on), and load vfio-pci and vfio_iommu_type1",
@@ -156,10 +164,4 @@ def _open(
             exit_code=os.EX_UNAVAILABLE,
         )
     noiommu = way is Way.NOIOMMU
-    if noiommu and not options.unsafe_noiommu:
-        raise HostError(
-            f"{address}: without an IOMMU it could read and write all of the host's memory; "
-            "allow unsafe_noiommu if that is what you want",
-            exit_code=os.EX_USAGE,
-        )
     return open_by_group(str(address), group, options.vf_token, noiommu=noiommu, dev=dev)
