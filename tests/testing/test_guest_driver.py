@@ -173,6 +173,33 @@ async def test_a_refusal_says_what_was_refused() -> None:
 # --- interrupts ---------------------------------------------------------------------------------
 
 
+async def test_who_waits_while_an_interrupt_is_acknowledged_looks_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What the device did before it saw the acknowledgement brings no further interrupt."""
+
+    async def acknowledge() -> None:
+        await trio.sleep(10)
+
+    interrupt = Interrupt(acknowledge)
+    woken: list[float] = []
+
+    async def wait(after: float) -> None:
+        await trio.sleep(after)
+        await interrupt.wait()
+        woken.append(trio.current_time() - start)
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for after in (0, 5):
+            nursery.start_soon(wait, after)
+        await trio.sleep(1)
+        os.eventfd_write(interrupt.fd, 1)
+    assert woken == pytest.approx([11, 11])
+    assert interrupt.count == 1
+    interrupt.close()
+
+
 async def test_everybody_who_waits_for_an_interrupt_hears_of_it() -> None:
     interrupt = Interrupt()
     heard: list[int] = []

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Interrupt:
     """An eventfd to give to a device, and how often it was seen signalled (`count`).
 
-    `acknowledge`, if any, is awaited after each: what a driver does about a level interrupt.
+    `acknowledge`, if any, is awaited for each before it counts: what a driver does about a level
+    interrupt.  It says to the device that everything has been seen, so whoever began to wait while
+    that was under way has to look again.
     """
 
     def __init__(self, acknowledge: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -36,9 +38,7 @@ class Interrupt:
 
     def poll(self) -> bool:
         """Whether it was signalled since the last time somebody looked; does not wait."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
+        if not self._signalled():
             return False
         self._arrived()
         return True
@@ -54,11 +54,22 @@ class Interrupt:
             self._reading = True
             try:
                 await trio.lowlevel.wait_readable(self.fd)
-                if self.poll() and self._acknowledge is not None:
-                    await self._acknowledge()
+                if self._signalled():
+                    try:
+                        if self._acknowledge is not None:
+                            await self._acknowledge()
+                    finally:
+                        self._arrived()
             finally:
                 self._reading = False
                 self._wake()  # another waiter becomes the reader
+
+    def _signalled(self) -> bool:
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return False
+        return True
 
     def _arrived(self) -> None:
         self.count += 1
