@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.backends.member_rig import MAC_A, without
+from tests.backends.member_rig import LONG, MAC_A, without
 from tests.migration.guest_move_rig import rig
 from vfio_user_virtio.migration.states import (
     EVERYTHING,
@@ -70,9 +70,10 @@ async def test_interrupts_of_an_idle_guest(msix: bool) -> None:
         for place in "ba":
             seen, config_seen = rx.count, config.count
             await made.move()
-            await rx.wait(seen)
-            if msix:
-                await config.wait(config_seen)
+            with trio.fail_after(LONG):
+                await rx.wait(seen)
+                if msix:
+                    await config.wait(config_seen)
             await host.news.until(partial(host.is_behind, MAC_A, place), place)
             for _ in range(3):
                 await trio.testing.wait_all_tasks_blocked()
