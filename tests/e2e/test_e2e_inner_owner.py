@@ -31,13 +31,17 @@ name = "first"
 pf = {{ socket_path = "{folder}/pf1" }}
 [[owner.member]]
 socket_path = "{folder}/vf1"
+[[owner.member]]
+socket_path = "{folder}/vf1-target"
+[[owner.member]]
+socket_path = "{folder}/vf1-peer"
 [[owner]]
 name = "second"
 pf = {{ socket_path = "{folder}/pf2" }}
 [[owner.member]]
 socket_path = "{folder}/vf2"
 """
-SOCKETS: Final = ("vf1", "pf1", "vf2", "pf2")
+SOCKETS: Final = ("vf1", "pf1", "vf2", "pf2", "vf1-target", "vf1-peer")
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)

@@ -1,6 +1,7 @@
 """The owner over kernel VFIO: every command through a real virtqueue in memory that an IOMMU maps.
 
-Functions, in their order: member 1 of the first owner, its PF, member 1 of the second, its PF.
+Functions, in their order: member 1 of the first owner, its PF, member 1 of the second, its PF; then
+members 2 and 3 of the first, which are for `test_inner_move`.
 """
 
 from __future__ import annotations
