@@ -234,3 +234,28 @@ async def test_a_queue_that_was_reset(index: int) -> None:
         await made.move()
         await made.traffic.goes_on("b")
         await made.finish()
+
+
+# --- guest memory by messages, as QEMU has them ---------------------------------------------------
+
+
+async def test_messages_that_are_not_answered_while_the_device_stops() -> None:
+    """Without a twin socket no answer comes while the server stops the device.
+
+    What was under way then is given up.  The ring stays right; in the worst case the frame that was
+    being sent is sent again, and the one that was being received is lost, once for each move.
+    """
+    async with rig(remote=True, ram_size=2 << 20) as made:
+        await made.start()
+        moves = "baba"
+        for place in moves:
+            await made.move()
+            await made.traffic.goes_on(place)
+        traffic = made.traffic
+        await traffic.finish()
+        came = made.host.got[0]
+        again = [n for n, number in enumerate(came) if n and came[n - 1] == number]
+        assert len(again) <= len(moves)
+        made.host.got[0] = [number for n, number in enumerate(came) if n not in again]
+        assert made.given - len(moves) <= len(traffic.seen) <= made.given
+        traffic.check()
