@@ -17,7 +17,8 @@ for the next, and nothing moves meanwhile.
 
 The kernel can want the device back: it is being unbound, unplugged, or its PF gives its VFs up.
 `watch` hears of it, closes the device, and ends the session (`serve` raises); from then on every
-call answers ENODEV.
+call answers ENODEV.  A client that has BARs mapped keeps the device open for the kernel until it
+goes, too.
 
 Rejected: opening at the start of each session.  The first client would learn what the administrator
 should have learnt, and a migration's target needs the function before its client runs.
