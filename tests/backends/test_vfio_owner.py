@@ -17,8 +17,8 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.admin_queue import DeviceTiming
 from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.backends.vfio.owner import OWNER_IOVA, destroy_stale_objects, owned
-from vfio_user_virtio.backends.vfio.owner_watch import keep_up
-from vfio_user_virtio.device import ResetCause
+from vfio_user_virtio.backends.vfio.owner_watch import keep_up, watched
+from vfio_user_virtio.device import ResetCause, VfioIrq
 from vfio_user_virtio.errors import DriverError, HostError
 from vfio_user_virtio.migration.admin_client import AdminClient, AdminError
 from vfio_user_virtio.migration.member_migration import MemberMigration
@@ -237,7 +237,9 @@ async def test_a_pf_that_goes_away_is_lost() -> None:
         await owner.lost.wait()
 
 
-@pytest.mark.parametrize(("index", "reason"), [(3, "an error"), (4, "wants it back")])
+@pytest.mark.parametrize(
+    ("index", "reason"), [(VfioIrq.ERR, "an error"), (VfioIrq.REQ, "wants it back")]
+)
 async def test_the_host_is_heard(index: int, reason: str) -> None:
     pf = Pf()
     async with driven(pf) as made:
@@ -362,3 +364,16 @@ async def test_an_owner_that_is_lost_is_given_up() -> None:
         client.close()
         owner._look_at_status()
         assert "closed on our side" in str(await keep_up(owner, parts))
+
+
+async def test_a_device_that_is_lost_is_given_back(caplog: pytest.LogCaptureFixture) -> None:
+    given_back = trio.Event()
+    pf = Pf()
+    async with driven(pf) as made:
+        async with watched(made.owner, made.parts, given_back.set):
+            os.eventfd_write(pf.function.function.interrupts._eventfds[VfioIrq.REQ][0], 1)
+            await given_back.wait()
+        with pytest.raises(HostError, match="has been closed"):
+            await made.owner.execute(QUERY, 16)
+    assert "the host wants it back; its VFs cannot migrate" in caplog.text
+    assert pf.function.function.common.state.status == 0

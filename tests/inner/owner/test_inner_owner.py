@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from vfio_user_virtio import limits
+from vfio_user_virtio.backends.vfio import binding, sysfs
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_function
 from vfio_user_virtio.backends.vfio.owner import destroy_stale_objects
 from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
@@ -243,3 +244,22 @@ async def test_a_member_is_no_owner(inner: InnerFacts, way: str) -> None:
     with pytest.raises(HostError, match="does not offer ADMIN_VQ"):
         async with owned_function(function(inner, 0), way=Way[way.upper()]):
             pass
+
+
+async def test_a_pf_that_the_host_wants_back_is_given_back(inner: InnerFacts, way: str) -> None:
+    """The kernel waits in `unbind` until the device has been closed."""
+    address = function(inner, 1)
+    plan = binding.unbind(address, probe=False)
+
+    async def take_back() -> None:
+        await trio.to_thread.run_sync(binding.execute, plan)
+
+    async with trio.open_nursery() as nursery, pf(inner, way) as made:
+        nursery.start_soon(take_back)
+        with trio.fail_after(10):
+            await made.owner.lost.wait()
+        with pytest.raises(HostError, match="the host wants it back"):
+            await made.owner.execute(QUERY, 16)
+    assert sysfs.driver(address) is None
+    binding.undo(plan)
+    assert sysfs.driver(address) == "vfio-pci"

@@ -173,7 +173,12 @@ class VfioOwner:
         await self._bring_up()
 
     async def close(self) -> None:
-        """Leave the device reset, and give everything back.  Every command under way fails."""
+        """Leave the device reset, and give everything back.  Every command under way fails.
+
+        Idempotent.
+        """
+        if self._closed:
+            return
         self._closed = True
         self._fail("the owner has been closed")
         with trio.CancelScope(shield=True):

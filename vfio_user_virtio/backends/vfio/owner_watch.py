@@ -8,6 +8,7 @@ under way fails, and the next one finds an owner.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -17,10 +18,35 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.errors import HostError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
     from vfio_user_virtio.backends.vfio.owner import VfioOwner
     from vfio_user_virtio.migration.parts_owner import PartsOwner
 
 _log: Final = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    owner: VfioOwner, parts: PartsOwner, give_back: Callable[[], None]
+) -> AsyncIterator[None]:
+    """Keep `owner` up for the length of the block; `give_back` its device if that is lost.
+
+    The host waits for that when it wants the device back.
+    """
+
+    async def watch() -> None:
+        failure = await keep_up(owner, parts)
+        _log.error("%s; its VFs cannot migrate until the server is restarted with it", failure)
+        await owner.close()
+        give_back()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
 
 
 async def keep_up(owner: VfioOwner, parts: PartsOwner) -> HostError:

@@ -26,6 +26,7 @@ from vfio_user_virtio.backends.vfio.iommufd import DEV
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function
 from vfio_user_virtio.backends.vfio.owner import owned
 from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
+from vfio_user_virtio.backends.vfio.owner_watch import watched
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.admin_client import AdminClient
 from vfio_user_virtio.migration.member_migration import MemberMigration
@@ -125,9 +126,7 @@ async def physical_functions(
 def _vfio_owner(vfs: Sequence[VfConfig], roots: Roots) -> PciAddress | None:
     """The PF of all `vfs`, if vfio-pci holds it.  Raises HostError for those of several."""
     found = {
-        owner
-        for vf in vfs
-        if (owner := sysfs.physical_function(vf.address, roots.sys)) is not None
+        owner for vf in vfs if (owner := sysfs.physical_function(vf.address, roots.sys)) is not None
     }
     if len(found) > 1:
         shown = " and ".join(map(str, sorted(found)))
@@ -152,6 +151,7 @@ async def _own(
     support = await parts_owner.discover()
     if support.lack is not None:
         _log.warning("%s: its VFs cannot be migrated: %s", pf, support.lack)
+    await stack.enter_async_context(watched(queue, parts_owner, opened.close))
     return parts_owner
 
 
