@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -45,8 +44,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from tests.testbed import inner_python
-from tests.testbed.bed import Bed, cache_root
+from tests.testbed.bed import Bed, TestbedMissing, cache_root
 from tests.testbed.guest import Guest, GuestFailed, boot
+from tests.testbed.inner_kernel import InnerKernelMissing
 from tests.testbed.inner_machine import CACHE_TAG, InnerIommu, InnerMachine, Kernel
 from tests.testbed.inner_ports import FramePort
 from tests.testbed.inner_results import read_cases
@@ -78,6 +78,9 @@ PYTEST: Final = (
     *("--confcutdir=tests/inner", "-p", "no:cacheprovider"),
 )
 RESULTS: Final = "/run/results.xml"
+LOG_CHARACTERS: Final = 4000
+"""How much of the end of each log a failed run by hand shows."""
+
 ENDED: Final = (0, 1)
 """pytest's exit status when tests ran: all passed, or some failed."""
 
@@ -259,7 +262,7 @@ async def run_by_hand(options: argparse.Namespace, folder: Path) -> int:
                     sys.executable, *(options.program or ("-V",)), seconds=options.seconds
                 )
         print(result.output, end="")
-        print(f"exit status {result.code} after {time.monotonic() - started:.1f} s; logs: {folder}")
+        print(f"exit status {result.code} after {time.monotonic() - started:.1f} s")
         return result.code
 
 
@@ -284,10 +287,15 @@ def main() -> int:
     what.add_argument("--pytest", nargs=argparse.REMAINDER, help="pytest's arguments, to the end")
     what.add_argument("--program", nargs=argparse.REMAINDER, help="Python's arguments, to the end")
     options = parser.parse_args()
-    if options.folder:
-        return trio.run(run_by_hand, options, options.folder)
-    with tempfile.TemporaryDirectory(prefix="inner-host-", dir=os.environ.get("TMPDIR")) as folder:
-        return trio.run(run_by_hand, options, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="inner-host-") as temporary:
+        folder: Path = options.folder or Path(temporary)
+        try:
+            return trio.run(run_by_hand, options, folder)
+        except (GuestFailed, InnerKernelMissing, TestbedMissing) as error:
+            for log in sorted(folder.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-LOG_CHARACTERS:]}")
+            print(f"error: {error}")
+            return 1
 
 
 if __name__ == "__main__":

@@ -158,7 +158,9 @@ def extract_source(archive: Path, root: Path) -> Path:
                 yield member
 
     with lzma.open(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-        tar.extractall(root, members=members(tar), filter="tar")
+        if sys.version_info >= (3, 12):  # Debian 12's Python has no filters
+            tar.extraction_filter = tarfile.tar_filter
+        tar.extractall(root, members=members(tar))
     (tree,) = root.glob("linux-source-*")
     return tree
 

@@ -60,7 +60,7 @@ IOMMU_DEVICES: Final[dict[InnerIommu, tuple[str, str]]] = {
         "intel_iommu=on no_timer_check",
     ),
     InnerIommu.INTEL_SCALABLE: (
-        "intel-iommu,intremap=on,caching-mode=on,x-scalable-mode=on,x-flts=on",
+        "intel-iommu,intremap=on,caching-mode=on,scalable-mode=on,fsts=on",
         "intel_iommu=on,sm_on no_timer_check",
     ),
     InnerIommu.VIRTIO: ("virtio-iommu-pci,addr=0x1e", UNSAFE_INTERRUPTS),
