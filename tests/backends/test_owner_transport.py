@@ -46,6 +46,8 @@ class Meddler:
         self.config: dict[int, bytes] = {}
         self.vectors: int | None = None
         self.resets = 0
+        self.written: set[int] = set()
+        """Regions."""
 
     async def region_read(self, index: int, offset: int, count: int) -> bytes:
         data = await self.client.region_read(index, offset, count)
@@ -59,6 +61,7 @@ class Meddler:
         return data
 
     async def region_write(self, index: int, offset: int, data: bytes) -> None:
+        self.written.add(index)
         await self.client.region_write(index, offset, data)
 
     async def irq_info(self, index: int) -> IrqInfo:
@@ -128,6 +131,7 @@ async def test_configuration_space_that_cannot_be(place: int, other: bytes, prob
     async with meddled() as access:
         access.config[place] = other
         assert problem in await refusal(access)
+        assert access.written == set(), "it may be anything"
 
 
 async def test_a_pf_with_one_vector_is_refused() -> None:

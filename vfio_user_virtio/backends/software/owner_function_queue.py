@@ -105,6 +105,7 @@ class AdminVirtqueue:
         while True:
             await self._kicked.wait()
             self._kicked = trio.Event()
+            await queue.disable_kicks()
             while (chain := await _next(queue)) is not None:
                 too_long = total(chain.readable) > limits.MAX_ADMIN_COMMAND_SIZE
                 size = 0 if too_long else limits.MAX_ADMIN_COMMAND_SIZE

@@ -183,8 +183,9 @@ class VfioOwner:
         self._fail("the owner has been closed")
         with trio.CancelScope(shield=True):
             try:
-                with contextlib.suppress(HostError):
-                    await self._transport.reset()
+                if self._transport.found:
+                    with contextlib.suppress(HostError):
+                        await self._transport.reset()
                 with contextlib.suppress(HostError), self._naming():
                     await self._access.set_irqs(IrqRequest(VfioIrq.MSIX, 0, 0, IrqAction.TRIGGER))
                 with contextlib.suppress(HostError), self._naming():

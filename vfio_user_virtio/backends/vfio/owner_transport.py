@@ -101,6 +101,8 @@ class OwnerTransport:
     def __init__(self, access: FunctionAccess, name: str) -> None:
         self.name = name
         self.features = 0
+        self.found = False
+        """Whether the device's structures are known; nothing is written to a BAR before."""
         self._access = access
         self._common = Location(0, 0, 0)
         self._notify = Location(0, 0, 0)
@@ -127,6 +129,7 @@ class OwnerTransport:
             self._notify = found[CfgType.NOTIFY]
         except KeyError as error:
             raise self.error(f"it has no {CfgType(error.args[0]).name} structure") from None
+        self.found = True
         (command,) = struct.unpack_from("<H", config, COMMAND)
         command |= COMMAND_MEMORY | COMMAND_MASTER
         with self._naming():
