@@ -238,7 +238,7 @@ async def test_a_pf_that_goes_away_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "reason"), [(VfioIrq.ERR, "an error"), (VfioIrq.REQ, "wants it back")]
+    ("index", "reason"), [(VfioIrq.ERR, "it has failed"), (VfioIrq.REQ, "wants it back")]
 )
 async def test_the_host_is_heard(index: int, reason: str) -> None:
     pf = Pf()

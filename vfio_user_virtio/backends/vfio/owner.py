@@ -84,6 +84,9 @@ class VfioOwner:
         self._failure: HostError | None = HostError(f"{name}: the owner has not been started")
         self._closed = False
         self._failed = trio.Event()
+        self._hearing = trio.CancelScope()
+        self._deaf = trio.Event()
+        self._deaf.set()
         self.lost = trio.Event()
         """Set when the device is to be closed: it has gone, or the host wants it back."""
 
@@ -120,7 +123,8 @@ class VfioOwner:
         try:
             return await self._ring.execute(readable, writable)
         except trio.Cancelled:
-            self._look_at_status()
+            if not self._closed:
+                self._look_at_status()
             raise
 
     # --- life ----------------------------------------------------------------------------------
@@ -138,12 +142,19 @@ class VfioOwner:
         await self._bring_up()
 
     async def run(self) -> None:
-        """Hear the device's interrupts, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hear_queue)
-            nursery.start_soon(self._hear_config)
-            nursery.start_soon(self._hear_loss, self._error_eventfd, "it has reported an error")
-            nursery.start_soon(self._hear_loss, self._request_eventfd, "the host wants it back")
+        """Hear the device's interrupts, until cancelled or closed; once."""
+        self._deaf = trio.Event()
+        try:
+            with self._hearing:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hear_queue)
+                    nursery.start_soon(self._hear_config)
+                    nursery.start_soon(self._hear_loss, self._error_eventfd, "it has failed")
+                    nursery.start_soon(
+                        self._hear_loss, self._request_eventfd, "the host wants it back"
+                    )
+        finally:
+            self._deaf.set()
 
     async def recover(self) -> None:
         """Reset the device and bring it up again; every command under way fails.
@@ -181,7 +192,9 @@ class VfioOwner:
             return
         self._closed = True
         self._fail("the owner has been closed")
+        self._hearing.cancel()
         with trio.CancelScope(shield=True):
+            await self._deaf.wait()  # nobody may wait for an eventfd that is closed
             try:
                 if self._transport.found:
                     with contextlib.suppress(HostError):
