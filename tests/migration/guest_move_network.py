@@ -1,12 +1,15 @@
-"""The network of guests that move: a host, with a wire to the uplink of each server.
+"""The network of guests that move: a host, with a wire to the network of each server.
 
-Frames are UDP in IPv4, numbered in each flow.  The host knows where a guest is as a switch does, by
-the last frame that came from its address, and sends there; until it has heard of one, nowhere.  So
-what it sends to a server that a guest has just left is lost on the way, and nothing else is.
+A wire is a datagram socket to an uplink (`Host`), or whatever else the network of a server can be
+reached by (`Network`).  Frames are UDP in IPv4, numbered in each flow.  The host knows where a
+guest is as a switch does, by the last frame that came from its address, and sends there; until it
+has heard of one, nowhere.  So what it sends to a server that a guest has just left is lost on the
+way, and nothing else is.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import socket
 import struct
@@ -75,11 +78,10 @@ class News:
         raise AssertionError(f"not within {LONG:g} s: {what}")
 
 
-class Host:
-    """The host in `folder`; the uplink called x is at the socket x.net there."""
+class Network(abc.ABC):
+    """A host that guests talk to, and what has come there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.address = str(folder / "host.net")
+    def __init__(self) -> None:
         self.news = News()
         self.got: dict[int, list[int]] = defaultdict(list)
         """The numbers of what came, by flow."""
@@ -91,6 +93,44 @@ class Host:
         """The servers from which announcements came, in that order."""
         self.where: dict[bytes, str] = {}
         """The server behind which an address is."""
+
+    @abc.abstractmethod
+    async def run(self) -> None:
+        """Take in frames until cancelled."""
+
+    @abc.abstractmethod
+    async def send(self, to: bytes, frame: bytes) -> None:
+        """Send to where `to` is, or nowhere; waits while the wire is full."""
+
+    def take(self, frame: bytes, server: str) -> None:
+        """A frame has come from the network of `server`."""
+        self.where[frame[6:12]] = server
+        if frame[12:14] == RARP:
+            assert frame[:6] == BROADCAST
+            self.announced.append(server)
+        elif (found := flow_and_number(frame)) is not None:
+            self.got[found[0]].append(found[1])
+        else:
+            self.others.append(frame)
+
+    def is_behind(self, address: bytes, server: str) -> bool:
+        """Whether `address` was last heard of from `server`."""
+        return self.where.get(address) == server
+
+    async def send_numbered(self, to: bytes, flow: int, size: int = 0) -> int:
+        """Send the next frame of `flow` to a guest; its number."""
+        number = self.sent[flow]
+        self.sent[flow] += 1
+        await self.send(to, numbered(to, MAC_HOST, flow, number, size))
+        return number
+
+
+class Host(Network):
+    """The host in `folder`; the uplink called x is at the socket x.net there."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.address = str(folder / "host.net")
         self._folder = folder
         self._closers = contextlib.ExitStack()
         self._socket = self._closers.enter_context(_datagram_socket())
@@ -109,31 +149,15 @@ class Host:
         return str(self._folder / f"{server}.net")
 
     async def run(self) -> None:
-        """Take in frames until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    self._take(*self._socket.recvfrom(1 << 17))
+                    frame, address = self._socket.recvfrom(1 << 17)
+                    self.take(frame, Path(address).stem)
             self.news.tell()
 
-    def _take(self, frame: bytes, address: str) -> None:
-        server = Path(address).stem
-        self.where[frame[6:12]] = server
-        if frame[12:14] == RARP:
-            assert frame[:6] == BROADCAST
-            self.announced.append(server)
-        elif (found := flow_and_number(frame)) is not None:
-            self.got[found[0]].append(found[1])
-        else:
-            self.others.append(frame)
-
-    def is_behind(self, address: bytes, server: str) -> bool:
-        """Whether `address` was last heard of from `server`."""
-        return self.where.get(address) == server
-
     async def send(self, to: bytes, frame: bytes) -> None:
-        """Send to where `to` is, or nowhere; waits while the wire is full."""
         server = self.where.get(to)
         if server is None:
             await trio.lowlevel.checkpoint()
@@ -148,13 +172,6 @@ class Host:
                 with contextlib.suppress(BlockingIOError):
                     wire.send(frame)
                     return
-
-    async def send_numbered(self, to: bytes, flow: int, size: int = 0) -> int:
-        """Send the next frame of `flow` to a guest; its number."""
-        number = self.sent[flow]
-        self.sent[flow] += 1
-        await self.send(to, numbered(to, MAC_HOST, flow, number, size))
-        return number
 
 
 @contextlib.contextmanager

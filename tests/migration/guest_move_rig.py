@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from tests.migration.guest_move_network import Network
     from vfio_user_virtio.backends.software.member import Member
     from vfio_user_virtio.protocol.migration import MigrationFlags
     from vfio_user_virtio.transport.device_migration import Migration
@@ -52,7 +53,7 @@ class Traffic:
     (`to_host`, `to_guest`), since a switch may drop what has to wait too long.
     """
 
-    def __init__(self, driver: NetDriver, host: Host, *, size: int = 0) -> None:
+    def __init__(self, driver: NetDriver, host: Network, *, size: int = 0) -> None:
         self.driver = driver
         self.host = host
         self.size = size
@@ -111,11 +112,12 @@ class Traffic:
     async def _send_from_host(self, flow: int) -> None:
         self._sending += 1
         window = max(1, self.to_guest // self.driver.pairs)
-        seen, first = (0, ""), 0
+        seen, first = (0, 0, ""), 0
         while not self._ends:
             where = self.host.where.get(MAC_A, "")
-            if (self.moves_given_up, where) != seen:
-                seen, first = (self.moves_given_up, where), self.host.sent[flow]
+            place = (self.moves_given_up, len(self.host.announced), where)
+            if place != seen:
+                seen, first = place, self.host.sent[flow]
             latest = max((got[-1] for got in self.got[flow].values()), default=-1)
             if where and self.host.sent[flow] - max(first, latest + 1) < window:
                 await self.host.send_numbered(MAC_A, flow, self.size)
@@ -197,7 +199,7 @@ class Traffic:
 class Rig:
     """`places` by the names of their servers; `members` of those that are in this process."""
 
-    host: Host
+    host: Network
     guest: MovableGuest
     driver: NetDriver
     traffic: Traffic
@@ -337,11 +339,27 @@ async def places(
             )
             found[name] = Place(client, memory)
             await found[name].map(**mapping)  # type: ignore[arg-type]  # passed on
-        ram = stack.enter_context(MovableRam(ram_size))
-        guest = await MovableGuest.open(found["a"], ram)
-        stack.callback(guest.pci.close)
+        yield await stack.enter_async_context(
+            moving_guest(host, found, ram_size, driver_options, size)
+        )
+
+
+@contextlib.asynccontextmanager
+async def moving_guest(
+    host: Network,
+    places: dict[str, Place],
+    ram_size: int,
+    driver_options: dict[str, object],
+    size: int = 0,
+) -> AsyncIterator[Rig]:
+    """A guest on the first of `places`, whose memory is mapped; not started."""
+    with MovableRam(ram_size) as ram:
+        guest = await MovableGuest.open(next(iter(places.values())), ram)
         driver = NetDriver(guest.pci, ram, **driver_options)  # type: ignore[arg-type]  # passed on
-        async with trio.open_nursery() as running:
-            running.start_soon(host.run)
-            yield Rig(host, guest, driver, Traffic(driver, host, size=size), found, {}, running)
-            running.cancel_scope.cancel()
+        with contextlib.closing(guest.pci):
+            async with trio.open_nursery() as running:
+                running.start_soon(host.run)
+                yield Rig(
+                    host, guest, driver, Traffic(driver, host, size=size), places, {}, running
+                )
+                running.cancel_scope.cancel()
