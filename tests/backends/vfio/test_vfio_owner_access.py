@@ -95,7 +95,7 @@ async def test_what_is_no_pf_is_left_as_it_was(model: ModelKernel) -> None:
     before = len(os.listdir("/proc/self/fd"))
     opened = model.open()
     access = KernelAccess(opened)
-    with pytest.raises(HostError, match="0000:01:00.1: it has no COMMON structure"):
+    with pytest.raises(HostError, match=r"0000:01:00\.1: it has no COMMON structure"):
         async with owned(access, str(ADDRESS)):
             pass
     opened.close()

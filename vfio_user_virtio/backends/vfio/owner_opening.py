@@ -62,7 +62,7 @@ async def owned_function(
     try:
         async with (
             owned(access, str(address), iova=iova, allow_untranslated=allow_untranslated) as owner,
-            _vfs(address, vfs, owner, root),
+            having_vfs(address, vfs, owner, root),
         ):
             yield owner
     finally:
@@ -71,9 +71,11 @@ async def owned_function(
 
 
 @contextlib.asynccontextmanager
-async def _vfs(
-    address: PciAddress, count: int | None, owner: VfioOwner, root: Path
+async def having_vfs(
+    address: PciAddress, count: int | None, owner: VfioOwner, root: Path = sysfs.SYS
 ) -> AsyncIterator[None]:
+    """Have `count` VFs of the PF that `owner` drives, for the length of the block; None: as many
+    as there are.  Raises HostError."""
     if count is None:
         yield
         return
