@@ -7,9 +7,9 @@ file and that release, and is built once.
 
 Beside gcc and make the build wants a few programs that a small system lacks (bison, bc, …).  They
 are unpacked from the packages of the system's own Debian release, so that they run with its
-libraries, and are told by their environment where they lie; nothing is installed.  Building with a
-complete tool chain of the bed's release was rejected: it is 400 MB.  Leaving the kernel as
-modules for Debian's image was rejected too: VFIO's group code there is built without cdev.
+libraries, and are told by their environment where they lie; nothing is installed.  Only the ELF file
+is made, as the guest starts by its PVH note.  Modules for Debian's own kernel image were rejected:
+what they add to (iommu, vfio) is built there without what they need.
 Standard library only.
 """
 
