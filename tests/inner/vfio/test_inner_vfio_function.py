@@ -133,31 +133,32 @@ async def test_a_packet_does_not_wake_the_server(
 
         monkeypatch.setattr(VfFunction, name, counted)
 
-    class Schedule(trio.abc.Instrument):
-        """Which tasks run."""
+    for map_bars in (True, False):
+        async with two_guests(inner, way, map_bars=map_bars) as (left, right):
+            await exchange(left, right, 2)
+            received = left.client.endpoint.bytes_received + right.client.endpoint.bytes_received
+            calls.clear()
+            schedule = Schedule()
+            trio.lowlevel.add_instrument(schedule)
+            await exchange(left, right, 25)
+            trio.lowlevel.remove_instrument(schedule)
+            after = left.client.endpoint.bytes_received + right.client.endpoint.bytes_received
+            woken = {name for name in schedule.ran if sessions.__name__ in name}
+            if map_bars:
+                assert (calls, after - received, woken) == ([], 0, set())
+            else:  # what is counted does count: every doorbell is a message here
+                assert calls.count("region_write") >= 50
+                assert woken
 
-        def __init__(self) -> None:
-            self.ran: list[str] = []
 
-        def before_task_step(self, task: trio.lowlevel.Task) -> None:
-            self.ran.append(task.name)
+class Schedule(trio.abc.Instrument):
+    """Which tasks run."""
 
-    async with two_guests(inner, way) as (left, right):
-        await exchange(left, right, 2)
-        received = left.client.endpoint.bytes_received + right.client.endpoint.bytes_received
-        calls.clear()
-        schedule = Schedule()
-        trio.lowlevel.add_instrument(schedule)
-        await exchange(left, right, 25)
-        trio.lowlevel.remove_instrument(schedule)
-        after = left.client.endpoint.bytes_received + right.client.endpoint.bytes_received
-        assert calls == []
-        assert after == received
-        server = {name for name in schedule.ran if sessions.__name__ in name or "Client." in name}
-        assert server == set()
-        assert schedule.ran, "the instrument saw nothing"
-        calls.clear()
-    assert "work" in calls, "the counters saw nothing"
+    def __init__(self) -> None:
+        self.ran: set[str] = set()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.ran.add(task.name)
 
 
 async def test_a_session_after_another(inner: InnerFacts, way: str) -> None:
