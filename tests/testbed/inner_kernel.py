@@ -7,9 +7,9 @@ file and that release, and is built once.
 
 Beside gcc and make the build wants a few programs that a small system lacks (bison, bc, …).  They
 are unpacked from the packages of the system's own Debian release, so that they run with its
-libraries, and are told by their environment where they lie; nothing is installed.  Only the ELF file
-is made, as the guest starts by its PVH note.  Modules for Debian's own kernel image were rejected:
-what they add to (iommu, vfio) is built there without what they need.
+libraries, and are told by their environment where they lie; nothing is installed.  Only the ELF
+file is made, as the guest starts by its PVH note.  Modules for Debian's own kernel image were
+rejected: what they add to (iommu, vfio) is built there without what they need.
 Standard library only.
 """
 
