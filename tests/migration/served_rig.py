@@ -46,22 +46,34 @@ class Place:
     driver: NetDriver
 
     async def go(self, *states: MigrationState) -> None:
-        """Ask for states, one by one."""
-        for state in states:
-            await self.client.feature(
-                Feature.MIG_DEVICE_STATE, FeatureOperation.SET, encode_device_state(state)
-            )
+        await go(self.client, *states)
 
     async def state(self) -> MigrationState:
-        data = await self.client.feature(Feature.MIG_DEVICE_STATE, FeatureOperation.GET, room=8)
-        return decode_device_state_reply_untrusted(data)
+        return await state_of(self.client)
 
     async def read(self) -> bytes:
-        """What is there of the stream."""
-        stream = b""
-        while len(piece := await self.client.migration_read(4096)) == 4096:
-            stream += piece
-        return stream + piece
+        return await read_all(self.client)
+
+
+async def go(client: Client, *states: MigrationState) -> None:
+    """Ask for states, one by one."""
+    for state in states:
+        await client.feature(
+            Feature.MIG_DEVICE_STATE, FeatureOperation.SET, encode_device_state(state)
+        )
+
+
+async def state_of(client: Client) -> MigrationState:
+    data = await client.feature(Feature.MIG_DEVICE_STATE, FeatureOperation.GET, room=8)
+    return decode_device_state_reply_untrusted(data)
+
+
+async def read_all(client: Client) -> bytes:
+    """What is there of the stream."""
+    stream = b""
+    while len(piece := await client.migration_read(4096)) == 4096:
+        stream += piece
+    return stream + piece
 
 
 class ServedRig:
