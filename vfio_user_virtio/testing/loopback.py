@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -32,6 +32,17 @@ async def ungrouped_nursery() -> AsyncIterator[trio.Nursery]:
         raise failure
 
 
+class Serving(Protocol):
+    """A session of any engine."""
+
+    async def run(self) -> None: ...
+
+
+def make_session(sock: socket.socket, device: Device, name: str) -> Serving:
+    """The session that `served` runs; to be replaced where another engine is to be tested."""
+    return Session(sock, device, name=name)
+
+
 @contextlib.asynccontextmanager
 async def served(
     device: Device,
@@ -45,7 +56,7 @@ async def served(
     `memory` is what the device reaches by DMA_READ and DMA_WRITE, a `GuestRam` for example.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    session = Session(theirs, device, name=name)
+    session = make_session(theirs, device, name)
     async with ungrouped_nursery() as nursery:
         nursery.start_soon(session.run)
         async with connect_socket(ours, capabilities=capabilities, memory=memory) as client:

@@ -1,0 +1,223 @@
+"""The engine: one client over one device, behind libvfio-user.
+
+`LibvfioUserSession` takes the place of the native `Session`: the same device, the same sockets, the
+same life.  trio waits for the client's messages.  When one is there, a thread that this session has
+to itself looks at it, lets the library take and answer it, and goes on until there are no more; the
+library's callbacks run what the device has to do in trio and wait for it.  So the library may
+block, on a client that does not read or a device that takes its time, and nobody else waits.
+
+What differs from the native engine, which is the default:
+
+====================================  ==========================================================
+the native engine                     this one
+====================================  ==========================================================
+answers a register access in one      takes two changes of thread more
+wake-up
+REGION_WRITE_MULTI,                   unknown to the library: EINVAL, and not offered in VERSION;
+MIG_GET_PRECOPY_INFO, MIG_DATA_SIZE   precopy rounds are the client's affair
+DMA_READ and DMA_WRITE of memory      never sent: the library loses its place if the client sends
+without an fd                         a command meanwhile, as QEMU does; such memory cannot be used
+P2P migration states                  unknown to the library, never offered
+MIGRATION says what the device can    always says STOP_COPY and PRE_COPY
+RESET leads back to RUNNING           resets the device, and the library stays in its state; in STOP
+                                      and STOP_COPY it refuses RESET, and all but register access
+                                      and migration
+VERSION with max_dma_maps, pgsizes    neither; any client page size but the host's is refused
+DMA_UNMAP of many mappings at once    only exactly one, or all by flag; else ENOENT
+dirty pages of any range and page     of exactly one mapping, in pages of the size that
+size                                  DMA_LOGGING_START named; else ENOTSUP
+IRQ flags                             EVENTFD alone is shown
+fds where none belong: EINVAL         closed, the command is carried out
+a device's short fd-less areas        a mappable region without areas is shown with one
+an error reply is a header            some carry a payload
+the client tells its own limit        that limit is not kept by replies to REGION_READ
+====================================  ==========================================================
+
+Nothing else differs that a client could see, and nothing that a guest could.  In particular, what
+the library alone would not do is done around it: it serves sockets that we accepted
+(`vfio_user_virtio.libvfio_user.greeting`); the device has the client's eventfds and the memory's
+fds, split messages are put together, and what the library does not survive, or does not know how to
+refuse in the device's name, it never sees (`vfio_user_virtio.libvfio_user.arrival`, `.proxy`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vfio_user_virtio.errors import ClientError, ConnectionLost, RemoteError
+from vfio_user_virtio.libvfio_user.arrival import Incomplete, Message, peek, refuse
+from vfio_user_virtio.libvfio_user.declarations import LogLevel
+from vfio_user_virtio.libvfio_user.description import can_migrate, describe
+from vfio_user_virtio.libvfio_user.greeting import greet, listening_context
+from vfio_user_virtio.libvfio_user.proxy import DeviceProxy
+from vfio_user_virtio.limits import HANDSHAKE_SECONDS, PARTIAL_MESSAGE_SECONDS, RELEASE_SECONDS
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.device import Device
+    from vfio_user_virtio.libvfio_user.context import Context
+    from vfio_user_virtio.libvfio_user.library import Library
+
+_log: Final = logging.getLogger(__name__)
+
+_BATCH: Final = 64
+"""Messages in a row that the thread answers before the device does the work that arose."""
+
+_REST_SECONDS: Final = 0.001
+"""How often to look for the rest of a message: there is no event for it."""
+
+
+class LibvfioUserSession:
+    """See the module head.  `name` stands in front of its log lines."""
+
+    def __init__(
+        self, library: Library, sock: socket.socket, device: Device, *, name: str = "session"
+    ) -> None:
+        self.name = name
+        self._library = library
+        self._device = device
+        self._socket = sock
+        sock.setblocking(True)  # for the library; whoever waits here says so
+        self._proxy = DeviceProxy(device, name)
+        self._context: Context | None = None
+        self._thread = trio.CapacityLimiter(1)
+        self._over = "it was stopped"
+
+    async def run(self) -> None:
+        """Serve the client until it goes.  Raises nothing but trio.Cancelled."""
+        _log.info("%s: client connected; served by libvfio-user", self.name)
+        try:
+            try:
+                await self._serve()
+            finally:
+                await self._end()
+        except* ConnectionLost as lost:
+            self._over = _first(lost)
+        # A device or a library may fail in any way, and must not take other sessions with it.
+        except* Exception as errors:
+            self._over = f"the device failed: {_first(errors)}"
+            _log.exception("%s: unexpected failure", self.name, exc_info=errors)
+        finally:
+            _log.info("%s: session over: %s", self.name, self._over)
+
+    async def _serve(self) -> None:
+        migration = await can_migrate(self._device)
+        with await self._greeting() as message, listening_context(self._library) as made:
+            self._context, path = made
+            self._context.setup_log(self._on_log, LogLevel.ERROR)
+            describe(self._context, self._device, self._proxy, migration=migration)
+            self._context.realize()
+            greet(self._context, path, self._socket, message)
+        self._proxy.serve(self._context)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._device.serve, _NoRemoteMemory())
+            nursery.start_soon(self._hang_up_in_the_end)
+            await self._converse(self._context)
+
+    async def _greeting(self) -> Message:
+        """The client's first message.  Raises ConnectionLost."""
+        with trio.move_on_after(HANDSHAKE_SECONDS):
+            await trio.lowlevel.wait_readable(self._socket)
+            while not isinstance(found := peek(self._socket), Message):  # noqa: ASYNC110 - no event
+                await trio.sleep(_REST_SECONDS)
+            return found
+        raise ConnectionLost(f"no complete VERSION within {HANDSHAKE_SECONDS:g} s")
+
+    async def _converse(self, context: Context) -> None:
+        """Raises ConnectionLost in the end."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            begun = await trio.to_thread.run_sync(self._answer_all, context, limiter=self._thread)
+            self._device.work()
+            if begun:
+                await self._rest_of_message()
+
+    async def _rest_of_message(self) -> None:
+        with trio.move_on_after(PARTIAL_MESSAGE_SECONDS):
+            while isinstance(found := peek(self._socket), Incomplete):  # noqa: ASYNC110 - as above
+                await trio.sleep(_REST_SECONDS)
+            if found is not None:
+                with found:
+                    return
+        raise ConnectionLost(f"a message was not complete within {PARTIAL_MESSAGE_SECONDS:g} s")
+
+    async def _hang_up_in_the_end(self) -> None:
+        """When the session is stopped, its thread must not wait for the client any more."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            with contextlib.suppress(OSError):  # it has gone already
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    async def _end(self) -> None:
+        self._proxy.over = True
+        try:
+            with trio.move_on_after(RELEASE_SECONDS, shield=True) as patience:
+                await self._device.release()
+            if patience.cancelled_caught:
+                _log.error(
+                    "%s: the device was not released within %g s", self.name, RELEASE_SECONDS
+                )
+        finally:
+            if self._context is not None:
+                self._context.close()
+            self._socket.close()
+
+    # --- in the thread --------------------------------------------------------------------------
+
+    def _answer_all(self, context: Context) -> bool:
+        """Let the library answer what is there; whether the next message has begun to come."""
+        for _ in range(_BATCH):
+            message = peek(self._socket)
+            if not isinstance(message, Message):
+                return message is not None
+            with message:
+                self._answer(context, message)
+        return False
+
+    def _answer(self, context: Context, message: Message) -> None:
+        try:
+            self._proxy.prepare(message)
+        except ClientError as error:
+            _log.debug("%s: refused command %d: %s", self.name, message.command, error)
+            refuse(self._socket, message, error.errno)
+            return
+        try:
+            context.run()
+        except OSError as error:
+            raise ConnectionLost(f"libvfio-user has given it up: {error.strerror}") from None
+        self._proxy.settle()
+
+    def _on_log(self, level: LogLevel, text: str) -> None:
+        _log.debug("%s: libvfio-user: %s: %s", self.name, level.name.lower(), text)
+
+
+class _NoRemoteMemory:
+    """`RemoteMemory` that refuses; the table in the module head says why."""
+
+    async def dma_read(self, iova: int, count: int) -> bytes:
+        raise _no_messages(iova)
+
+    async def dma_write(self, iova: int, data: bytes) -> None:
+        raise _no_messages(iova)
+
+
+def _no_messages(iova: int) -> RemoteError:
+    return RemoteError(
+        errno.EOPNOTSUPP,
+        f"memory at {iova:#x} came without a descriptor, and libvfio-user cannot safely ask the "
+        "client for it; share it (share=on), or use the native engine",
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> str:
+    """The first of possibly nested exceptions, for one line of a log."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
