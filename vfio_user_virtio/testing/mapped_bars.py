@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import attrs
 
 from vfio_user_virtio.device import RegionFlags, SparseArea, VfioRegion
+from vfio_user_virtio.testing.virtio_pci import PciClient
 
 if TYPE_CHECKING:
-    from vfio_user_virtio.device import IrqRequest
-    from vfio_user_virtio.transport.client import Client
+    from vfio_user_virtio.device import IrqRequest, RegionInfo
 
 _FORMATS: Final[dict[int, Literal["B", "H", "I"]]] = {1: "B", 2: "H", 4: "I"}
+
+
+class RegionClient(PciClient, Protocol):
+    """The part of a vfio-user client that is needed here."""
+
+    async def region_info(self, index: int) -> RegionInfo:
+        """Region `index`; its fd, if there is one, is the caller's to close."""
+        ...
 
 
 @attrs.frozen
@@ -41,7 +49,7 @@ class _Mapped:
 class MappedBars:
     """`client`, with what `map_all` has mapped; `loads` and `stores` count what was no message."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: RegionClient) -> None:
         self.client = client
         self.loads = 0
         self.stores = 0
