@@ -1,0 +1,195 @@
+"""One of the two QEMUs: what is to be known of it beforehand, and its part in the migration.
+
+`Facts` are plain data, for `comparison`; what QEMU says is taken apart here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import attrs
+import trio
+
+from vfio_user_virtio_server.vm.errors import QemuError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vfio_user_virtio_server.vm.qmp import Json, Qmp
+
+_T = TypeVar("_T")
+
+DRIVER: Final = "vfio-user-pci"
+PERIPHERALS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+NEEDED: Final = ("events", "pause-before-switchover")
+"""Migration capabilities that are turned on."""
+
+END_SECONDS: Final = 20.0
+"""How long QEMU may take to end, or to give a migration up."""
+
+_MIGRATING: Final = frozenset({"setup", "active", "device", "pre-switchover", "wait-unplug"})
+_ENDED: Final = frozenset({"completed", "failed", "cancelled"})
+
+
+@attrs.frozen
+class PciDevice:
+    """A vfio-user device: its QOM `path`, its address as ``addr`` has it, the bus it is on."""
+
+    ident: str
+    path: str
+    address: str
+    bus: str
+
+
+@attrs.frozen(kw_only=True)
+class Facts:
+    """A QEMU as its monitor shows it.
+
+    `memory`: backends by id, their size in bytes and whether others can map them.  `peripherals`:
+    types by id of all that the user has added.  `capabilities`: of migration, those that are on.
+    """
+
+    version: tuple[int, int, int]
+    machine: str
+    status: str
+    migration: str
+    blockers: tuple[str, ...]
+    cpus: tuple[str, ...]
+    memory: Mapping[str, tuple[int, bool]]
+    peripherals: Mapping[str, str]
+    devices: Mapping[str, PciDevice]
+    offered: frozenset[str]
+    capabilities: frozenset[str]
+
+
+class Qemu:
+    """The QEMU behind `qmp`."""
+
+    def __init__(self, qmp: Qmp) -> None:
+        self.qmp = qmp
+        self.name = qmp.name
+
+    async def facts(self) -> Facts:
+        """Raises QemuError."""
+        migration = _dict(await self.qmp.execute("query-migrate"))
+        blockers = migration.get("blocked-reasons", [])
+        offered = await self._capabilities()
+        peripherals, devices = await self._peripherals()
+        return Facts(
+            version=self.qmp.version,
+            machine=str(await self.qmp.execute("qom-get", path="/machine", property="type")),
+            status=await self.status(),
+            migration=str(migration.get("status", "none")),
+            blockers=tuple(map(str, blockers)) if isinstance(blockers, list) else (),
+            cpus=tuple(
+                str(cpu.get("qom-type"))
+                for cpu in map(_dict, _list(await self.qmp.execute("query-cpus-fast")))
+            ),
+            memory={
+                str(one.get("id")): (_int(one.get("size")), one.get("share") is True)
+                for one in map(_dict, _list(await self.qmp.execute("query-memdev")))
+            },
+            peripherals=peripherals,
+            devices=devices,
+            offered=frozenset(offered),
+            capabilities=frozenset(name for name, on in offered.items() if on),
+        )
+
+    async def status(self) -> str:
+        """The run state.  Raises QemuError."""
+        return str(_dict(await self.qmp.execute("query-status")).get("status"))
+
+    async def _capabilities(self) -> dict[str, bool]:
+        found = map(_dict, _list(await self.qmp.execute("query-migrate-capabilities")))
+        return {str(one.get("capability")): one.get("state") is True for one in found}
+
+    async def _peripherals(self) -> tuple[dict[str, str], dict[str, PciDevice]]:
+        types: dict[str, str] = {}
+        devices: dict[str, PciDevice] = {}
+        for folder in PERIPHERALS:
+            for entry in map(_dict, _list(await self.qmp.execute("qom-list", path=folder))):
+                name, kind = str(entry.get("name")), str(entry.get("type"))
+                if not kind.startswith("child<"):
+                    continue
+                types[name] = kind.removeprefix("child<").removesuffix(">")
+                if types[name] == DRIVER:
+                    path = f"{folder}/{name}"
+                    devices[name] = PciDevice(
+                        name,
+                        path,
+                        str(await self.qmp.execute("qom-get", path=path, property="addr")),
+                        str(await self.qmp.execute("qom-get", path=path, property="parent_bus")),
+                    )
+        return types, devices
+
+    # --- migration -----------------------------------------------------------------------------
+
+    async def set_capabilities(self, names: frozenset[str], on: bool) -> None:
+        """Raises QemuError."""
+        wanted: list[Json] = [{"capability": name, "state": on} for name in sorted(names)]
+        if wanted:
+            await self.qmp.execute("migrate-set-capabilities", capabilities=wanted)
+
+    async def wait_migration(self, *wanted: str) -> None:
+        """Until the migration is in one of the states `wanted`.
+
+        Raises QemuError if it ends in another.
+        """
+        while True:
+            event = await self.qmp.wait_event(lambda event: event.name == "MIGRATION")
+            status = event.data.get("status")
+            if status in wanted:
+                return
+            if status in _ENDED:
+                raise QemuError(f"{self.name}: the migration is {status}{await self._why()}")
+
+    async def _why(self) -> str:
+        with contextlib.suppress(QemuError):
+            said = _dict(await self.qmp.execute("query-migrate")).get("error-desc")
+            return f": {said}" if said else ""
+        return ""
+
+    async def give_up(self) -> None:
+        """End a migration from here, whatever has become of it.  Raises QemuError."""
+        with trio.move_on_after(END_SECONDS):
+            while True:
+                status = _dict(await self.qmp.execute("query-migrate")).get("status", "none")
+                if status in _MIGRATING:
+                    await self.qmp.execute("migrate_cancel")
+                elif status != "cancelling":
+                    return
+                await trio.sleep(0.01)
+        raise QemuError(f"{self.name} does not give the migration up in {END_SECONDS:g} s")
+
+    async def run(self) -> None:
+        """Let the guest run, if it does not.  Raises QemuError."""
+        if await self.status() != "running":
+            await self.qmp.execute("cont")
+
+    async def quit(self) -> None:
+        """End QEMU, and until it has ended.  Raises QemuError."""
+        with trio.move_on_after(END_SECONDS):
+            with contextlib.suppress(QemuError):
+                await self.qmp.execute("quit")
+            await self.qmp.wait_gone()
+            return
+        raise QemuError(f"{self.name} does not end in {END_SECONDS:g} s")
+
+
+def _dict(value: Json) -> Mapping[str, Json]:
+    return _is(dict, value)
+
+
+def _list(value: Json) -> list[Json]:
+    return _is(list, value)
+
+
+def _int(value: Json) -> int:
+    return _is(int, value)
+
+
+def _is(kind: type[_T], value: object) -> _T:
+    if not isinstance(value, kind):
+        raise QemuError(f"QEMU answered {value!r:.60} where a {kind.__name__} is due")
+    return value
