@@ -32,8 +32,14 @@ SANS_IO: Final = (
     "migration.private_record",
     "migration.precopy",
     "migration.preflight",
+    "migration.transfer_frames",
+    "migration.transfer_stream",
     "memory.bitmap",
     "memory.dirty_log",
+    "control.varlink",
+    "control.idl",
+    "control.interface",
+    "control.records",
 )
 """Packages and modules that know no sockets, files, event loop or clock."""
 IO_MODULES: Final = ("asyncio", "fcntl", "mmap", "select", "selectors", "socket", "trio")
@@ -42,7 +48,15 @@ UNWRITTEN: Final = re.compile(r"(?!\.ci$)\..*|.*\.egg-info|__pycache__|build|dis
 """Folders whose files nobody wrote here."""
 
 SEAMS: Final = frozenset({"device", "errors", "limits"})
-LIBRARY: Final = SEAMS | {"protocol", "pci", "virtio", "memory", "migration", "transport"}
+LIBRARY: Final = SEAMS | {
+    "protocol",
+    "pci",
+    "virtio",
+    "memory",
+    "migration",
+    "transport",
+    "control",
+}
 ARROWS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
     "limits": frozenset(),
@@ -55,6 +69,7 @@ ARROWS: Final[dict[str, frozenset[str]]] = {
     "migration": SEAMS | {"protocol", "virtio"},
     "transport": SEAMS | {"eventfd", "protocol", "memory"},
     "backends": SEAMS | {"eventfd", "pci", "virtio", "memory", "migration"},
+    "control": SEAMS | {"protocol", "memory", "migration", "transport"},
     "libvfio_user": SEAMS | {"eventfd", "protocol", "memory"},
     "testing": LIBRARY | {"backends", "libvfio_user"},
 }

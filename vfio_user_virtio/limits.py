@@ -52,6 +52,26 @@ REMOTE_DMA_CHUNK: Final = 64 * KIB
 MAX_WRITE_MULTI: Final = 200
 """Writes in one REGION_WRITE_MULTI; QEMU's own bound."""
 
+# --- the control interface ----------------------------------------------------------------------
+
+MAX_CONTROL_MESSAGE: Final = 1 * MIB
+"""One varlink message: room for `CONTROL_CHUNK` in base64, and for the status of 255 devices."""
+
+CONTROL_CHUNK: Final = 512 * KIB
+"""Bytes of guest memory or of an image in one message, before base64 makes four of three."""
+
+CONTROL_RANGES: Final = 4_096
+"""Ranges, mappings or pieces in one message, of about 70 bytes each."""
+
+MAX_CONTROL_CONNECTIONS: Final = 16
+"""Connections at once; an orchestrator wants one, a live view another."""
+
+CONTROL_SECONDS: Final = 10.0
+"""How long a peer may take for the rest of a message, or to take what is sent to it."""
+
+DIRTY_REPORT_BYTES: Final = 4 << 30
+"""Guest memory that is reported while others wait: a bitmap of 128 KiB, about 3 ms."""
+
 # --- guest memory -------------------------------------------------------------------------------
 
 MAX_DMA_MAPS: Final = 65_535
@@ -182,6 +202,18 @@ MAX_DIRTY_CHUNKS: Final = 131_072
 STOP_SECONDS: Final = 0.2
 """How long a member that is being stopped waits for accesses to guest memory that are under way.
 QEMU answers no DMA_READ while it waits for the stop itself, and its guest stands still then."""
+
+MAX_TRANSFER_PAYLOAD: Final = 1 * MIB + 8
+"""Payload of one frame between two hosts: `MAX_DATA_XFER_SIZE` of pages and their address."""
+
+MAX_TRANSFER_TEXT: Final = 4 * KIB
+"""Bytes of a name, or of a reason to abort, in such a frame."""
+
+MAX_ZERO_RUN: Final = 1 << 30
+"""Guest memory that one frame may say is zero: what a few bytes can make a receiver write."""
+
+TRANSFER_SECONDS: Final = 30.0
+"""How long a peer of a transfer may take to answer, or to take or send anything at all."""
 
 # --- administration commands --------------------------------------------------------------------
 
