@@ -19,6 +19,7 @@ import trio
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import ConnectionLost, DriverError, RemoteError
+from vfio_user_virtio.migration.admin_client import held
 from vfio_user_virtio.virtio.admin import (
     Answer,
     Qualifier,
@@ -110,17 +111,15 @@ class AdminVirtqueue:
                 too_long = total(chain.readable) > limits.MAX_ADMIN_COMMAND_SIZE
                 size = 0 if too_long else limits.MAX_ADMIN_COMMAND_SIZE
                 readable = await queue.read(chain.readable, size)
-                await nursery.start(self._carry_out, queue, chain, None if too_long else readable)
+                nursery.start_soon(self._carry_out, queue, chain, None if too_long else readable)
+                await trio.lowlevel.checkpoint()  # it has begun before the next one is made
 
     async def _carry_out(
         self,
         queue: SlowQueue,
         chain: SlowChain,
         readable: bytes | None,
-        *,
-        task_status: trio.TaskStatus[None],
     ) -> None:
-        task_status.started()
         with self._reporting():
             room = min(total(chain.writable), limits.MAX_ADMIN_COMMAND_SIZE)
             if readable is None:
@@ -130,7 +129,7 @@ class AdminVirtqueue:
                 written = await self._executor.execute(readable, room)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s: %s", self._name, _described(readable or b"", written))
-            async with self._completing:
+            async with held(self._completing):
                 await queue.put(chain.head, await queue.write(chain.writable, written))
                 await queue.publish()
                 if await queue.should_interrupt():

@@ -22,7 +22,7 @@ import trio
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.vfio.owner_transport import RingAddresses
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio.migration.admin_client import AdminError
+from vfio_user_virtio.migration.admin_client import AdminError, held
 from vfio_user_virtio.virtio.barrier import full_barrier, order_accesses
 from vfio_user_virtio.virtio.split_queue import (
     DESCRIPTOR,
@@ -139,7 +139,7 @@ class AdminRing:
                     f"an administration command of {size} bytes does not go through the owner's "
                     f"queue, which takes 1 to {limits.MAX_ADMIN_COMMAND_SIZE}",
                 )
-        async with self._sending:
+        async with held(self._sending):
             command = await self._when_there_is_room(len(readable), writable)
             self._put(command, readable)
             wanted = self._publish(command)
