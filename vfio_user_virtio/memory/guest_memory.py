@@ -239,6 +239,8 @@ class GuestMemory:
 
     def pieces(self, iova: int, size: int, *, write: bool) -> list[Piece]:
         """As `views`, but with the pieces in mappings without an fd, as pieces without memory."""
+        if size and (whole := self.view(iova, size, write)) is not None:
+            return [Piece(iova, size, whole)]
         end = iova + size
         wanted = DmaAccess.WRITE if write else DmaAccess.READ
         found: list[Piece] = []
