@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-async def test_it_adds_up_guest_memory_and_interrupts(tmp_path: Path) -> None:
+@pytest.fixture
+def _library() -> None:
+    """Skips where the library is not installed.  Not in the test: a skip in there has no reason."""
     try:
         load()
     except LibraryError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("_library")
+async def test_it_adds_up_guest_memory_and_interrupts(tmp_path: Path) -> None:
     path = tmp_path / "sum.sock"
     server = subprocess.Popen(  # noqa: ASYNC220 - it is not waited for
         [sys.executable, str(EXAMPLES / "libvfio_user_device.py"), str(path)],
