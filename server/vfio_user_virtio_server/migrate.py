@@ -34,7 +34,8 @@ from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio.transport.client import connect_socket
-from vfio_user_virtio.transport.device_migration import ANSWER_SECONDS, Migration
+from vfio_user_virtio.transport.device_migration import Migration
+from vfio_user_virtio.transport.migration_end import ANSWER_SECONDS
 from vfio_user_virtio_server import log, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.dial import dial

@@ -24,36 +24,20 @@ the step.  Source: vfio-user, Device Migration; linux/vfio.h, enum vfio_device_m
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 import trio
 
-from vfio_user_virtio.device import FeatureOperation, VfioIrq
-from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
-from vfio_user_virtio.protocol.feature import Feature
-from vfio_user_virtio.protocol.migration import (
-    DEVICE_STATE_SIZE,
-    FEATURE_U64,
-    MigrationFlags,
-    MigrationState,
-    decode_device_state_reply_untrusted,
-    decode_migration_flags_untrusted,
-    encode_device_state,
-)
+from vfio_user_virtio.errors import ConnectionLost, RemoteError
+from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
+from vfio_user_virtio.transport.migration_end import ANSWER_SECONDS, MigrationEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from vfio_user_virtio.protocol.header import Buffer
     from vfio_user_virtio.transport.client import Client
-
-_T = TypeVar("_T")
-
-ANSWER_SECONDS: Final = 10.0
-"""How long a server may take for one request, unless told otherwise."""
 
 ROUND_SECONDS: Final = 1.05
 """From one round of PRE_COPY to the next: a little more than a server's limit of one a second."""
@@ -66,9 +50,6 @@ _RESUME: Final = "resume"
 _FINISH: Final = "finish"
 DOWNTIME: Final = frozenset({_STOP, _COPY, _RESUME})
 """The phases in which neither device runs."""
-
-_NOT_THERE: Final = frozenset({errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-"""Refusals that mean that there is no such feature or command."""
 
 
 @attrs.define
@@ -151,10 +132,18 @@ class Migration:
     source_options: MigrationFlags = attrs.field(init=False, default=MigrationFlags(0))
     target_options: MigrationFlags = attrs.field(init=False, default=MigrationFlags(0))
     target_runs: bool = attrs.field(init=False, default=False)
-    source_state: MigrationState | None = attrs.field(init=False, default=MigrationState.RUNNING)
-    """The state that the source is in; None if it is not known."""
-    _target_asked: bool = attrs.field(init=False, default=False)
+    _source: MigrationEnd = attrs.field(init=False)
+    _target: MigrationEnd = attrs.field(init=False)
     _may_run_twice: bool = attrs.field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._source = MigrationEnd(self.source, "source", self.answer_seconds)
+        self._target = MigrationEnd(self.target, "target", self.answer_seconds)
+
+    @property
+    def source_state(self) -> MigrationState | None:
+        """The state that the source is in; None if it is not known."""
+        return self._source.state
 
     @property
     def byte_count(self) -> int:
@@ -198,47 +187,46 @@ class Migration:
 
     async def _prepare(self) -> None:
         with self._phase(_PREPARE):
-            self.source_options = await self._options_of(self.source)
-            self.target_options = await self._options_of(self.target)
+            self.source_options = await self._source.options()
+            self.target_options = await self._target.options()
             both = self.source_options & self.target_options
             self.precopy = self.precopy and MigrationFlags.PRE_COPY in both
             if self.preflight is not None:
                 await self._look_ahead(self.preflight)
-            await self._set(self.target, MigrationState.RESUMING)
+            await self._target.set_state(MigrationState.RESUMING)
 
     async def _look_ahead(self, preflight: Preflight) -> None:
-        vectors = await self._vectors_of(self.target)
+        vectors = await self._target.num_vectors()
         await self._save_for(
             lambda data: preflight.target_saves_untrusted(data, vectors),
-            self.target,
+            self._target,
             MigrationState.STOP_COPY,
         )
-        self._target_asked = False
+        self._target.asked = False
         if not self.precopy and MigrationFlags.PRE_COPY in self.source_options:
             await self._save_for(
-                preflight.source_saves_untrusted, self.source, MigrationState.PRE_COPY
+                preflight.source_saves_untrusted, self._source, MigrationState.PRE_COPY
             )
 
     async def _save_for(
-        self, take: Callable[[Buffer], None], client: Client, state: MigrationState
+        self, take: Callable[[Buffer], None], end: MigrationEnd, state: MigrationState
     ) -> None:
         """Let a device save itself in `state`, and then run as before."""
-        size = client.version.capabilities.max_data_xfer_size
-        await self._set(client, state)
-        more = True
+        await end.set_state(state)
+        size, more = end.piece_size, True
         while more:
-            data = await self._ask(client, "MIG_DATA_READ", client.migration_read(size))
+            data = await end.read(size)
             more = len(data) == size
             take(data)
-        await self._set(client, MigrationState.RUNNING)
+        await end.set_state(MigrationState.RUNNING)
 
     async def _pre_copy(self) -> None:
         with self._phase(_PRE_COPY):
-            await self._set(self.source, MigrationState.PRE_COPY)
+            await self._source.set_state(MigrationState.PRE_COPY)
             await self._move()
             for _ in range(self.rounds):
                 await trio.sleep(ROUND_SECONDS)
-                await self._look_for_more()
+                await self._source.look_for_more()
                 await self._move()
 
     async def _stop(self) -> None:
@@ -246,37 +234,37 @@ class Migration:
             await self.guest.pause()
             if MigrationFlags.P2P in self.source_options:
                 p2p = MigrationState.PRE_COPY_P2P if self.precopy else MigrationState.RUNNING_P2P
-                await self._set(self.source, p2p)
-            await self._set(self.source, MigrationState.STOP_COPY)
+                await self._source.set_state(p2p)
+            await self._source.set_state(MigrationState.STOP_COPY)
 
     async def _resume(self) -> None:
         with self._phase(_RESUME):
-            await self._set(self.target, MigrationState.STOP)
+            await self._target.set_state(MigrationState.STOP)
             if MigrationFlags.P2P in self.target_options:
-                await self._set(self.target, MigrationState.RUNNING_P2P)
+                await self._target.set_state(MigrationState.RUNNING_P2P)
             with trio.CancelScope(shield=True):
                 self._may_run_twice = True
-                await self._set(self.target, MigrationState.RUNNING)
+                await self._target.set_state(MigrationState.RUNNING)
                 self.target_runs = True
 
     async def _finish(self) -> None:
         with self._phase(_FINISH), trio.CancelScope(shield=True):
             final = MigrationState.RUNNING if self.keep_source else MigrationState.STOP
-            await self._set(self.source, final)
+            await self._source.set_state(final)
 
     async def _go_back(self) -> None:
         """Let the source run again, unless the target may be running."""
         with trio.CancelScope(shield=True):
-            if self._target_asked:
+            if self._target.asked:
                 with contextlib.suppress(RemoteError, ConnectionLost):
-                    await self._ask(self.target, "DEVICE_RESET", self.target.reset())
+                    await self._target.reset()
                     self._may_run_twice = False
             if self.target.lost.is_set():  # what nobody is served does not run
                 self._may_run_twice = False
             if self.source_state != MigrationState.RUNNING and not self._may_run_twice:
                 await self.guest.carry_back()
                 with contextlib.suppress(RemoteError, ConnectionLost):
-                    await self._set(self.source, MigrationState.RUNNING)
+                    await self._source.set_state(MigrationState.RUNNING)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -289,109 +277,17 @@ class Migration:
         finally:
             phase.seconds = trio.current_time() - start
 
-    async def _look_for_more(self) -> None:
-        """Ask how much there is, which is what makes our server, and Linux, save anew."""
-        try:
-            await self._ask(self.source, "MIG_GET_PRECOPY_INFO", self.source.precopy_info())
-        except RemoteError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-
     async def _move(self) -> None:
         """Move what there is now."""
-        size = min(
-            client.version.capabilities.max_data_xfer_size for client in (self.source, self.target)
-        )
+        size = min(self._source.piece_size, self._target.piece_size)
         more = True
         while more:
-            data = await self._ask(self.source, "MIG_DATA_READ", self.source.migration_read(size))
+            data = await self._source.read(size)
             more = len(data) == size
             if data:
                 self.on_data(data)
                 if self.preflight is not None:
                     self.preflight.source_saves_untrusted(data)
-                write = self.target.migration_write(data)
-                await self._ask(self.target, f"MIG_DATA_WRITE of {len(data)} bytes", write)
+                await self._target.write(data)
                 self.phases[-1].byte_count += len(data)
                 self.on_progress(self)
-
-    # --- requests ------------------------------------------------------------------------------
-
-    async def _vectors_of(self, client: Client) -> int | None:
-        try:
-            info = await self._ask(client, "DEVICE_GET_IRQ_INFO", client.irq_info(VfioIrq.MSIX))
-        except RemoteError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-            return None
-        return info.count
-
-    async def _options_of(self, client: Client) -> MigrationFlags:
-        get = FeatureOperation.GET
-        try:
-            data = await self._ask(
-                client,
-                "GET MIGRATION",
-                client.feature(Feature.MIGRATION, get, room=FEATURE_U64.size),
-            )
-        except RemoteError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-            raise HostError(
-                f"the {self._side(client)} does not offer migration; its log may say why",
-                exit_code=os.EX_UNAVAILABLE,
-            ) from None
-        options = decode_migration_flags_untrusted(data)
-        if MigrationFlags.STOP_COPY not in options:
-            raise HostError(
-                f"the {self._side(client)} offers migration without STOP_COPY ({options:#x}), "
-                "which every device that can migrate has",
-                exit_code=os.EX_UNAVAILABLE,
-            )
-        data = await self._ask(
-            client,
-            "GET MIG_DEVICE_STATE",
-            client.feature(Feature.MIG_DEVICE_STATE, get, room=DEVICE_STATE_SIZE),
-        )
-        state = decode_device_state_reply_untrusted(data)
-        if state is not MigrationState.RUNNING:
-            raise HostError(
-                f"the {self._side(client)} is in state {state.name}, not RUNNING; reset it first",
-                exit_code=os.EX_UNAVAILABLE,
-            )
-        return options
-
-    async def _set(self, client: Client, state: MigrationState) -> None:
-        if client is self.target:
-            self._target_asked = True
-        else:
-            self.source_state = None
-        await self._ask(
-            client,
-            f"the change to {state.name}",
-            client.feature(
-                Feature.MIG_DEVICE_STATE, FeatureOperation.SET, encode_device_state(state)
-            ),
-        )
-        if client is self.source:
-            self.source_state = state
-
-    async def _ask(self, client: Client, what: str, request: Awaitable[_T]) -> _T:
-        """The answer to a request; errors say which server and what."""
-        try:
-            with trio.fail_after(self.answer_seconds):
-                return await request
-        except trio.TooSlowError:
-            raise ConnectionLost(
-                f"the {self._side(client)} did not answer {what} within {self.answer_seconds:g} s"
-            ) from None
-        except ConnectionLost as error:
-            raise ConnectionLost(f"the {self._side(client)}, at {what}: {error}") from error
-        except RemoteError as error:
-            raise RemoteError(
-                error.errno,
-                f"the {self._side(client)} refuses {what}, and its log may say why",
-            ) from error
-
-    def _side(self, client: Client) -> str:
-        return "source" if client is self.source else "target"
