@@ -18,6 +18,7 @@ import attrs
 import trio
 
 from tests.bench import (
+    admin_commands,
     dma_maps,
     guest_traffic,
     migration_downtime,
@@ -25,6 +26,7 @@ from tests.bench import (
     migration_modelled,
     migration_stream,
     packets,
+    physical,
     process,
     register_access,
 )
@@ -50,6 +52,10 @@ BENCHMARKS: Final[dict[str, Callable[[Effort, Publish], Awaitable[None]]]] = {
     "migration-downtime": migration_downtime.measure,
     "migration-stream": migration_stream.measure,
     "migration-members": migration_members.measure,
+    "admin-commands": admin_commands.measure,
+    "physical-packets": physical.measure_packets,
+    "physical-memory": physical.measure_memory,
+    "physical-commands": physical.measure_commands,
 }
 
 

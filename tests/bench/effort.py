@@ -15,7 +15,9 @@ class Effort:
     `idle_seconds` watched, `members` beside the first, `maps` numbers of DMA mappings, `pairs` of
     samples of each kind of guest traffic: transfers of `seconds`, blocks of `pings`.  Migrations:
     `modelled` on a slow device, `moves` of a device on a quick one, `streams` of `stream_mib` MiB,
-    and so many members `at_once`.  `pinned`: see `guest_traffic`.
+    and so many members `at_once`.  A physical function: the `ways` into VFIO, `vf_packets` and
+    administration `commands` per block, sizes of a guest whose memory is mapped (`guest_mib`).
+    `pinned`: see `guest_traffic`.
     """
 
     name: str
@@ -34,6 +36,10 @@ class Effort:
     streams: int
     stream_mib: int
     at_once: tuple[int, ...]
+    ways: tuple[str, ...]
+    vf_packets: int
+    commands: int
+    guest_mib: tuple[int, ...]
     pinned: bool = False
 
 
@@ -54,6 +60,10 @@ FULL: Final = Effort(
     streams=6,
     stream_mib=63,
     at_once=(1, 8, 64, 255),
+    ways=("cdev", "group"),
+    vf_packets=32,
+    commands=200,
+    guest_mib=(1024, 8192),
 )
 QUICK: Final = attrs.evolve(
     FULL,
@@ -69,6 +79,8 @@ QUICK: Final = attrs.evolve(
     moves=50,
     streams=3,
     at_once=(1, 8, 64),
+    ways=("cdev",),
+    guest_mib=(256,),
 )
 TINY: Final = Effort(
     name="tiny",
@@ -87,5 +99,9 @@ TINY: Final = Effort(
     streams=1,
     stream_mib=2,
     at_once=(1, 3),
+    ways=("cdev",),
+    vf_packets=4,
+    commands=20,
+    guest_mib=(16,),
 )
 """Proves that a benchmark works; its figures mean nothing."""

@@ -1,14 +1,11 @@
 """What our server costs on a physical function: the same driver behind it and without it.
 
-To be run inside an inner host whose two VFs are cabled to each other:
-
-    python -m tests.testbed.inner_host --memory 3072 --program -m tests.bench.physical_function
-
-Three ways to the same VF, in turns: the driver's calls go to the kernel's VFIO as they are
-(`direct`); they go through a session of ours, which maps the BARs into the driver's process
-(`served`); or through one that maps nothing (`trapped`).  All of it is emulated, VF and processor,
-so only the ratios mean anything.  Then how long guest memory takes to be mapped, new (nobody has
-touched it) and old, and for how long at a time other sessions stand still meanwhile.
+To be run inside an inner host with six VFs, cabled in pairs: `physical.py` does so.  On each pair a
+driver runs at either end.  On the first the drivers' calls go to the kernel's VFIO as they are
+(`direct`, the peer); on the second they go through sessions of ours, which map the BARs into the
+drivers' process; on the third through sessions that map nothing.  All three are up at the same time
+and take turns every few packets, as this is all emulated, VFs, cables and processor, and any of
+that may be held up for milliseconds by something else.
 """
 
 from __future__ import annotations
@@ -23,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from tests.bench.figures import NATIVE, Better, Figure, at_least, at_most
+from tests.bench.inside import tell
 from vfio_user_virtio.backends.vfio.function import VfFunction
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_function
 from vfio_user_virtio.backends.vfio.sysfs import PciAddress
@@ -39,14 +38,20 @@ if TYPE_CHECKING:
     from vfio_user_virtio.device import DmaMapping, IrqRequest, RegionInfo
     from vfio_user_virtio.transport.client import Client
 
-VFS: Final = ("0000:01:00.1", "0000:01:00.2")
-ROUNDS: Final = 3
-FRAMES: Final = 200
-BURSTS: Final = 40
+DIRECT: Final = "kernel VFIO"
+MAPPED: Final = "BARs mapped"
+TRAPPED: Final = "nothing mapped"
+PAIRS: Final = {
+    DIRECT: ("0000:01:00.1", "0000:01:00.2"),
+    MAPPED: ("0000:01:00.3", "0000:01:00.4"),
+    TRAPPED: ("0000:01:00.5", "0000:01:00.6"),
+}
 BURST: Final = 16
 PAYLOAD: Final = b"\x88\xb5" + bytes(60)
-MEMORY: Final = 1 << 30
-TICK: Final = 0.005
+RAM: Final = 4 << 20
+RX_BUFFERS: Final = 64
+SECONDS: Final = 30
+"""For one block: a frame that was lost would be waited for for ever."""
 
 
 class Direct:
@@ -83,7 +88,7 @@ class Direct:
 
 @contextlib.asynccontextmanager
 async def client_of(function: VfFunction, how: str) -> AsyncIterator[Client | Direct]:
-    if how != "direct":
+    if how != DIRECT:
         async with served(function) as client:
             yield client
         return
@@ -93,90 +98,97 @@ async def client_of(function: VfFunction, how: str) -> AsyncIterator[Client | Di
         await function.release()
 
 
-@contextlib.asynccontextmanager
-async def driver_of(function: VfFunction, how: str) -> AsyncIterator[tuple[NetDriver, bytes]]:
-    """A driver that runs, and its address."""
-    with GuestRam() as ram:
-        async with client_of(function, how) as client:
-            await ram.map(client)
-            with contextlib.closing(MappedBars(client)) as bars:
-                if how != "trapped":
-                    await bars.map_all()
-                features = KNOWN_FEATURES & ~Feature.MQ.mask
-                driver = NetDriver(await VirtioPci.open(bars), ram, features=features)
-                await driver.start()
-                yield driver, (await driver.config()).mac
-                await driver.stop()
-
-
-async def packets(functions: list[VfFunction], how: str) -> tuple[float, float]:
-    """Microseconds from one driver to the other, and frames a second in bursts."""
-    async with (
-        driver_of(functions[0], how) as (source, sender),
-        driver_of(functions[1], how) as (target, receiver),
-    ):
-        frame = receiver + sender + PAYLOAD
-        times = []
-        for _ in range(FRAMES):
-            started = time.perf_counter()
-            await source.send(frame)
-            await target.receive()
-            times.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        for _ in range(BURSTS):
-            for _ in range(BURST):
-                await source.send(frame)
-            for _ in range(BURST):
-                await target.receive()
-        rate = BURSTS * BURST / (time.perf_counter() - started)
-        return statistics.median(times) * 1e6, rate
-
-
-async def mapping(function: VfFunction) -> None:
-    """Map and unmap memory twice, with somebody else on the same event loop."""
-    held_up = 0.0
-
-    async def somebody_else() -> None:
-        nonlocal held_up
-        while True:
-            started = time.perf_counter()
-            await trio.sleep(TICK)
-            held_up = max(held_up, time.perf_counter() - started - TICK)
-
-    with GuestRam(MEMORY) as ram:
-        async with served(function) as client, trio.open_nursery() as nursery:
-            nursery.start_soon(somebody_else)
-            for kind in ("new", "old"):
-                held_up = 0.0
-                started = time.perf_counter()
-                await ram.map(client)
-                mapped = time.perf_counter()
-                await ram.unmap(client)
-                unmapped = time.perf_counter()
-                print(
-                    f"{kind} memory, {MEMORY >> 20} MiB: mapped in {mapped - started:.2f} s, "
-                    f"unmapped in {unmapped - mapped:.2f} s, "
-                    f"others held up for {held_up * 1e3:.0f} ms at most"
-                )
-            nursery.cancel_scope.cancel()
-
-
-async def main(way: Way) -> None:
+async def opened(address: str, way: Way) -> VfFunction:
     options = OpenOptions(way=way)
-    functions = [
-        VfFunction(await trio.to_thread.run_sync(open_function, PciAddress.parse(vf), options))
-        for vf in VFS
-    ]
-    print(f"by {way.value}:")
-    for _ in range(ROUNDS):
-        for how in ("direct", "served", "trapped"):
-            latency, rate = await packets(functions, how)
-            print(f"{how:8} {latency:6.0f} us one way, {rate:5.0f} frames/s in bursts of {BURST}")
-    await mapping(functions[0])
-    for function in functions:
+    where = PciAddress.parse(address)
+    return VfFunction(await trio.to_thread.run_sync(open_function, where, options))
+
+
+@contextlib.asynccontextmanager
+async def driver_of(address: str, how: str, way: Way) -> AsyncIterator[NetDriver]:
+    """A driver that runs."""
+    function = await opened(address, way)
+    try:
+        with GuestRam(RAM) as ram:
+            async with client_of(function, how) as client:
+                await ram.map(client)
+                with contextlib.closing(MappedBars(client)) as bars:
+                    if how != TRAPPED:
+                        await bars.map_all()
+                    features = KNOWN_FEATURES & ~Feature.MQ.mask
+                    pci = await VirtioPci.open(bars)
+                    driver = NetDriver(pci, ram, features=features, rx_buffers=RX_BUFFERS)
+                    await driver.start()
+                    yield driver
+                    await driver.stop()
+    finally:
         function.close()
 
 
+@attrs.frozen
+class Pair:
+    """Two drivers on one cable, and what one sends to the other."""
+
+    source: NetDriver
+    target: NetDriver
+    frame: bytes
+
+    @classmethod
+    async def of(cls, source: NetDriver, target: NetDriver) -> Pair:
+        macs = (await target.config()).mac + (await source.config()).mac
+        return cls(source, target, macs + PAYLOAD)
+
+    async def latency(self, count: int) -> float:
+        """Microseconds from one driver to the other."""
+        times = []
+        for _ in range(count):
+            started = time.perf_counter()
+            await self.source.send(self.frame)
+            await self.target.receive()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1e6
+
+    async def rate(self, count: int) -> float:
+        """Packets a second, in bursts, `count` of them in all."""
+        bursts = max(1, count // BURST)
+        started = time.perf_counter()
+        for _ in range(bursts):
+            for _ in range(BURST):
+                await self.source.send(self.frame)
+            for _ in range(BURST):
+                await self.target.receive()
+        return bursts * BURST / (time.perf_counter() - started)
+
+
+async def main(way: str, blocks: int, count: int) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        pairs = {}
+        for how, addresses in PAIRS.items():
+            ends = [
+                await stack.enter_async_context(driver_of(address, how, Way[way.upper()]))
+                for address in addresses
+            ]
+            pairs[how] = await Pair.of(*ends)
+        times: dict[str, list[float]] = {how: [] for how in PAIRS}
+        rates: dict[str, list[float]] = {how: [] for how in PAIRS}
+        for block in range(-1, blocks):
+            for found, measured in ((times, Pair.latency), (rates, Pair.rate)):
+                for how, pair in pairs.items():
+                    with trio.fail_after(SECONDS):
+                        value = await measured(pair, count)
+                    if block >= 0:
+                        found[how].append(value)
+    for how, latency_aim, rate_aim in (
+        (MAPPED, at_most(1.0, of_ratio=True), at_least(1.0, of_ratio=True)),
+        (TRAPPED, None, None),
+    ):
+        columns = {NATIVE: times[how], DIRECT: times[DIRECT]}
+        name = f"VF's packet, {how}, {way}"
+        tell(Figure(name, "µs", Better.LESS, columns, DIRECT, latency_aim))
+        columns = {NATIVE: rates[how], DIRECT: rates[DIRECT]}
+        name = f"bursts of {BURST}, {how}, {way}"
+        tell(Figure(name, "packets/s", Better.MORE, columns, DIRECT, rate_aim))
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("cdev", "group"):
-        trio.run(main, Way[name.upper()])
+    trio.run(main, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

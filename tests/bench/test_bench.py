@@ -12,6 +12,7 @@ from tests.bench import __main__ as bench
 from tests.bench.contenders import ECHO
 from tests.bench.effort import TINY
 from tests.bench.figures import NATIVE, Better, Figure, at_least, at_most
+from tests.bench.inside import publish_all, tell
 from tests.bench.report import TIMES, document, table, write_json
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tests.testbed.bed import Bed
 
 NEEDS_GUEST = "guest"
+NEED_INNER_HOST = [name for name in bench.BENCHMARKS if name.startswith("physical-")]
 
 
 def check(figures: list[Figure]) -> None:
@@ -32,7 +34,9 @@ def check(figures: list[Figure]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in bench.BENCHMARKS if name != NEEDS_GUEST])
+@pytest.mark.parametrize(
+    "name", [name for name in bench.BENCHMARKS if name not in (NEEDS_GUEST, *NEED_INNER_HOST)]
+)
 async def test_benchmark_runs(name: str, namespaces: None) -> None:
     check(await bench.measure([name], TINY))
 
@@ -48,6 +52,13 @@ async def test_guest_benchmark_runs(bed: Bed, namespaces: None) -> None:
     )
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEED_INNER_HOST)
+async def test_inner_host_benchmark_runs(bed: Bed, name: str) -> None:
+    check(await bench.measure([name], TINY))
+
+
 def test_ratio_is_the_median_of_the_pairs() -> None:
     """A disturbance that both sides of a pair see does not show."""
     columns = {NATIVE: [10.0, 30.0, 11.0], ECHO: [5.0, 15.0, 11.0]}
@@ -55,6 +66,19 @@ def test_ratio_is_the_median_of_the_pairs() -> None:
     assert figure.ratio(NATIVE) == 2
     assert figure.meets_aim(NATIVE) is True
     assert figure.median(NATIVE) == 11
+
+
+def test_figures_come_out_of_an_inner_host(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {NATIVE: [10.0], ECHO: [8.0]}
+    told = [
+        Figure("f", "packets/s", Better.MORE, columns, ECHO, at_least(1.2, of_ratio=True)),
+        Figure("g", "µs", Better.LESS, {NATIVE: [1.0]}),
+    ]
+    for figure in told:
+        tell(figure)
+    found: list[Figure] = []
+    publish_all("something else\n" + capsys.readouterr().out, found.append)
+    assert found == told
 
 
 def test_aims() -> None:
