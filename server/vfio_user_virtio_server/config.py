@@ -4,6 +4,11 @@ Plain data, made from a TOML file (`read_file`) or from command line options (se
 a whole here (`check`), and turned into live objects by daemon.py.  The keys of the file are the
 attributes of these classes and of `MemberConfig`, which also has the ranges:
 
+    [control]                        # the control interface, if there is to be one
+    socket_path = "/run/control"     # or fd = 3, or fd_name = "control", its default
+    socket_mode = "0600"             # its default
+    socket_group = "adm"
+
     [[owner]]                        # one switch; 1 … 255 members
     name = "blue"                    # default: owner1, owner2, …
     uplink = "tap:vnet0"             # default: "none"; the forms are those of --uplink
@@ -57,7 +62,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 import attrs
 
@@ -104,6 +109,12 @@ class InheritedSocket:
 
 NEXT_INHERITED: Final = InheritedSocket()
 
+CONTROL_NAME: Final = "control"
+"""The passed socket that is the control interface's, unless the configuration says otherwise."""
+
+CONTROL_MODE: Final = 0o600
+"""Who may connect there may read guests' memory, so it is not left to the umask."""
+
 SocketConfig: TypeAlias = SocketPath | SocketFd | InheritedSocket
 
 
@@ -117,6 +128,8 @@ class ServedMember:
     socket: SocketConfig = NEXT_INHERITED
     pcap: str | None = None
     legacy: bool = False
+
+    kind: ClassVar[str] = "software"
 
     @property
     def mac(self) -> bytes:
@@ -134,6 +147,8 @@ class ServedPf:
     name: str
     function: OwnerFunctionConfig
     socket: SocketConfig = NEXT_INHERITED
+
+    kind: ClassVar[str] = "owner"
 
     @property
     def mac(self) -> bytes:
@@ -170,6 +185,15 @@ class OwnerConfig:
 
 Configured: TypeAlias = "OwnerConfig | PhysicalOwnerConfig"
 
+
+@attrs.frozen
+class Configuration:
+    """All that is to be served: `owners`, and the control interface at `control`, if any."""
+
+    owners: tuple[Configured, ...]
+    control: SocketConfig | None = None
+
+
 CONFIGURABLE_FEATURES: Final = (DEFAULT_FEATURES | OPTIONAL_FEATURES) & ~(
     Feature.VERSION_1.mask | Feature.ACCESS_PLATFORM.mask
 )
@@ -179,8 +203,8 @@ MTU and MQ are not among them; they come with `mtu` and `queue_pairs`.
 """
 
 
-def read_file(path: str, *, seed: bytes | None = None) -> tuple[Configured, ...]:
-    """The owners that the TOML file at `path` describes, in its order, physical ones last.
+def read_file(path: str, *, seed: bytes | None = None) -> Configuration:
+    """What the TOML file at `path` describes: owners in its order, physical ones last.
 
     `seed` is for `values.derived_mac`; None means this host's.  Raises ConfigError when the
     content is wrong, HostError when it cannot be read.
@@ -201,7 +225,30 @@ def read_file(path: str, *, seed: bytes | None = None) -> tuple[Configured, ...]
         raise ConfigError(f"{path}: not TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; owners and their members are two") from None
-    return parse_document(document, path, seed=values.host_seed() if seed is None else seed)
+    control = parse_control(document, path)
+    owners = parse_document(document, path, seed=values.host_seed() if seed is None else seed)
+    check(owners, path, control)
+    return Configuration(owners, control)
+
+
+def parse_control(document: dict[str, object], where: str) -> SocketConfig | None:
+    """Where the control interface is, by a parsed TOML document.  Raises ConfigError."""
+    table = Table(document, where).table("control")
+    if "control" not in document:
+        return None
+    socket = socket_of(table)
+    table.finish()
+    return control_socket(socket)
+
+
+def control_socket(socket: SocketConfig) -> SocketConfig:
+    """`socket`, with the defaults of a control interface."""
+    match socket:
+        case SocketPath(path, None, group):
+            return SocketPath(path, CONTROL_MODE if group is None else 0o660, group)
+        case InheritedSocket(None):
+            return InheritedSocket(CONTROL_NAME)
+    return socket
 
 
 def parse_document(
@@ -220,6 +267,7 @@ def parse_document(
             physical_of(table, default_name=f"physical{number}")
             for number, table in enumerate(physical, 1)
         )
+    root.table("control")
     root.finish()
     if not owners:
         raise ConfigError(
@@ -343,7 +391,7 @@ def _given(**arguments: int | None) -> dict[str, int]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def check(owners: Sequence[Configured], where: str) -> None:
+def check(owners: Sequence[Configured], where: str, control: SocketConfig | None = None) -> None:
     """What must differ does.  Raises ConfigError naming both places.
 
     MAC addresses must differ in the whole file, since nothing says that two uplinks do not lead to
@@ -358,7 +406,8 @@ def check(owners: Sequence[Configured], where: str) -> None:
                 "commands; take legacy off its members, or do not serve the PF"
             )
     seen: dict[tuple[str, object], str] = {}
-    for kind, value, place in _unique_values(owners):
+    unique = [*_unique_values(owners), *_unique_of_socket(control, "the control interface")]
+    for kind, value, place in unique:
         shown = values.format_mac(value) if isinstance(value, bytes) else value
         if other := seen.get((kind, value)):
             raise ConfigError(f"{where}: {kind} {shown} is used by {other} and by {place}")
@@ -405,12 +454,18 @@ def _unique_of_served(
             own = "PCI address", str(served.vf.address)
     yield "member name", served.name, place
     yield *own, place
-    match served.socket:
+    yield from _unique_of_socket(served.socket, place)
+    if isinstance(served, ServedMember) and served.pcap is not None:
+        yield "path", os.path.abspath(served.pcap), place
+
+
+def _unique_of_socket(
+    socket: SocketConfig | None, place: str
+) -> Iterator[tuple[str, str | int | bytes, str]]:
+    match socket:
         case SocketPath(path, _, _):
             yield "path", os.path.abspath(path), place
         case SocketFd(fd):
             yield "descriptor", fd, place
         case InheritedSocket(fd_name) if fd_name is not None:
             yield "passed socket", fd_name, place
-    if isinstance(served, ServedMember) and served.pcap is not None:
-        yield "path", os.path.abspath(served.pcap), place

@@ -1,9 +1,10 @@
 """The daemon: devices on one side, sockets on the other, signals and the service manager around.
 
 Three rings of tasks.  The innermost has one task per device, which serves one client after the
-other; around it run the owners, whose switches must outlive every session; the outermost waits for
-a signal.  They end from the inside: on SIGTERM or SIGINT the paths of our sockets go first, so that
-nobody connects to a server that is about to end, then sessions end in order, then owners.
+other; around it run the owners, whose switches must outlive every session, and the control
+interface; the outermost waits for a signal.  They end from the inside: on SIGTERM or SIGINT the
+paths of our sockets go first, so that nobody connects to a server that is about to end, then
+sessions end in order, then owners.
 
 A session's failure stays in its session (`Session.run`).  An uplink that fails for good at start is
 a HostError and ends the daemon; later it is that uplink's affair.
@@ -16,30 +17,40 @@ import logging
 import os
 import resource
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 import trio
 
 from vfio_user_virtio.backends.software.migratable import administered, migratable_members
-from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.errors import ConfigError, HostError
 from vfio_user_virtio.migration.states import EVERYTHING, VFIO_USER
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
 from vfio_user_virtio_server import activation, sockets
 from vfio_user_virtio_server.assembly import assemble
-from vfio_user_virtio_server.config import InheritedSocket, OwnerConfig, SocketFd, SocketPath
+from vfio_user_virtio_server.config import (
+    CONTROL_NAME,
+    InheritedSocket,
+    OwnerConfig,
+    SocketFd,
+    SocketPath,
+)
 from vfio_user_virtio_server.notify import ServiceManager
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio_server.config import Configured, Served
+    from vfio_user_virtio.transport.session import Session
+    from vfio_user_virtio_server.config import Configuration, Configured, Served, SocketConfig
     from vfio_user_virtio_server.physical_config import PhysicalOwnerConfig
 
 _log: Final = logging.getLogger(__name__)
+
+Watcher: TypeAlias = "Callable[[Session], None]"
+"""Is told of each session of a device when it begins."""
 
 _START_CHECKPOINTS: Final = 5
 """Turns of the scheduler in which what owners do first has been done, such as binding uplinks."""
@@ -60,7 +71,7 @@ class _Door:
             self.listener.close()
 
 
-def run(owners: Sequence[Configured], *, one_off: bool) -> int:
+def run(configuration: Configuration, *, one_off: bool) -> int:
     """Serve until a signal comes, or until no client can come any more; the exit code.
 
     Raises HostError, ConfigError when it cannot start.
@@ -68,20 +79,25 @@ def run(owners: Sequence[Configured], *, one_off: bool) -> int:
     passed = activation.take_inherited()
     manager = ServiceManager()
     _allow_many_descriptors()
-    trio.run(_main, owners, passed, manager, one_off)
+    trio.run(_main, configuration, passed, manager, one_off)
     return os.EX_OK
 
 
 async def _main(
-    configs: Sequence[Configured],
+    configuration: Configuration,
     passed: Sequence[activation.Inherited],
     manager: ServiceManager,
     one_off: bool,
 ) -> None:
+    configs = configuration.owners
     with contextlib.ExitStack() as closers:
         signals = closers.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
         everything = [served for config in configs for served in config.served]
+        control = _open_control(configuration.control, everything, passed, closers)
+        if control is not None:
+            passed = [one for one in passed if one.fd != control.sock.fileno()]
         doors = _open_doors(everything, passed, closers)
+        every_door = doors if control is None else [*doors, control]
         broken: list[str] = []
         try:
             async with contextlib.AsyncExitStack() as physical, trio.open_nursery() as outer:
@@ -93,11 +109,16 @@ async def _main(
                         devices += await _devices(config, owner)
                     else:
                         devices += await _open_physical(config, physical)
+                watchers: list[Watcher] = [_nobody] * len(devices)
+                if control is not None:
+                    watchers = _start_control(outer, control, everything, devices)
                 async with trio.open_nursery() as clients:
-                    outer.start_soon(_stop_on_signal, signals, clients, doors, manager)
-                    for served, device, door in zip(everything, devices, doors, strict=True):
+                    outer.start_soon(_stop_on_signal, signals, clients, every_door, manager)
+                    for served, device, door, watcher in zip(
+                        everything, devices, doors, watchers, strict=True
+                    ):
                         clients.start_soon(
-                            _serve_device, served.name, device, door, one_off, broken
+                            _serve_device, served.name, device, door, one_off, broken, watcher
                         )
                     for _ in range(_START_CHECKPOINTS):
                         await trio.lowlevel.checkpoint()
@@ -163,18 +184,43 @@ async def _stop_on_signal(
         clients.cancel_scope.cancel()
 
 
+def _nobody(_: Session) -> None:
+    """Without a control interface nobody looks at sessions."""
+
+
+def _start_control(
+    outer: trio.Nursery, door: _Door, everything: Sequence[Served], devices: Sequence[Device]
+) -> list[Watcher]:
+    """Serve the control interface; who is to be told of each device's sessions."""
+    from vfio_user_virtio.control.connections import serve_control
+    from vfio_user_virtio.control.device_control import DeviceControl
+    from vfio_user_virtio.control.service import ControlService
+
+    controls = [
+        DeviceControl(served.name, device, kind=served.kind, identity=served.identity)
+        for served, device in zip(everything, devices, strict=True)
+    ]
+    outer.start_soon(serve_control, door.sock, ControlService(controls))
+    return [control.session_began for control in controls]
+
+
 async def _serve_device(
-    name: str, device: Device, door: _Door, one_off: bool, broken: list[str]
+    name: str,
+    device: Device,
+    door: _Door,
+    one_off: bool,
+    broken: list[str],
+    watcher: Watcher = _nobody,
 ) -> None:
     """Serve the clients of one device.  Returns when there can be no other."""
     try:
         if not door.listening:
-            await serve_connected(door.sock, device, name=name)
+            await serve_connected(door.sock, device, name=name, on_session=watcher)
         elif one_off:
             sock = await _accept_one(door)
-            await serve_connected(sock, device, name=name)
+            await serve_connected(sock, device, name=name, on_session=watcher)
         else:
-            await serve_listener(door.sock, device, name=name)
+            await serve_listener(door.sock, device, name=name, on_session=watcher)
     except OSError as error:
         # Only the listening socket is left to fail so: whoever passed it may have shut it down.
         broken.append(f"{name}: no client can come any more: {error.strerror}")
@@ -221,6 +267,42 @@ def _open_doors(
         doors.append(door)
         _log.info("%s: %s, clients come by %s", served.name, served.identity, where)
     return doors
+
+
+def _open_control(
+    wanted: SocketConfig | None,
+    everything: Sequence[Served],
+    passed: Sequence[activation.Inherited],
+    closers: contextlib.ExitStack,
+) -> _Door | None:
+    """The door of the control interface: the one that is wanted, or a passed one of its name.
+
+    Raises HostError, ConfigError.
+    """
+    match wanted:
+        case SocketPath():
+            listener = sockets.listen_at(wanted)
+            door = _Door(listener.sock, True, listener)
+            where = sockets.describe_access(wanted.path)
+        case SocketFd(fd):
+            door, where = _adopted(fd, "the control interface's")
+        case _:
+            name = CONTROL_NAME if wanted is None else wanted.fd_name
+            taken = {s.socket.fd_name for s in everything if isinstance(s.socket, InheritedSocket)}
+            found = [one.fd for one in passed if one.name == name]
+            if wanted is None and (not found or name in taken):
+                return None
+            if len(found) != 1:
+                raise ConfigError(
+                    f"the control interface wants the passed socket {name!r}, of which there are "
+                    f"{len(found)}; set FileDescriptorName= in the socket unit"
+                )
+            door, where = _adopted(found[0], "LISTEN_FDS")
+    closers.callback(door.close)
+    if not door.listening:
+        raise ConfigError(f"the control interface is {where}; pass a socket that listens")
+    _log.info("control: clients come by %s", where)
+    return door
 
 
 def _adopted(fd: int, how: str) -> tuple[_Door, str]:

@@ -50,6 +50,8 @@ class _Command:
 COMMANDS: Final = {
     "serve": _Command("vfio_user_virtio_server.serve", "serve virtio-net devices over vfio-user"),
     "probe": _Command("vfio_user_virtio_server.probe", "show the device behind a socket"),
+    "status": _Command("vfio_user_virtio_server.status", "show what a running server does"),
+    "top": _Command("vfio_user_virtio_server.top", "watch what a running server does"),
     "migrate": _Command(
         "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -47,6 +47,7 @@ class ServedVf:
     name: str
     vf: VfConfig
     socket: SocketConfig = NEXT_INHERITED
+    kind: ClassVar[str] = "physical"
 
     @property
     def identity(self) -> str:

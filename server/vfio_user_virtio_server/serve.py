@@ -19,6 +19,7 @@ from vfio_user_virtio_server import activation, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.config import (
     NEXT_INHERITED,
+    Configuration,
     OwnerConfig,
     ServedMember,
     ServedPf,
@@ -26,6 +27,7 @@ from vfio_user_virtio_server.config import (
     SocketFd,
     SocketPath,
     check,
+    control_socket,
     read_file,
 )
 
@@ -55,6 +57,9 @@ DEVICE_OPTIONS: Final = (
     "pf_socket_path",
     "socket_mode",
     "socket_group",
+    "control_path",
+    "control_mode",
+    "control_group",
     *VF_OPTIONS,
     "vf",
 )
@@ -99,6 +104,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--one-off", action="store_true", help="end when the first session of each device ends"
+    )
+    control = parser.add_argument_group(
+        "the control interface", "also a passed socket that is called control"
+    )
+    control.add_argument(
+        "--control-path",
+        metavar="PATH",
+        type=argument(values.parse_socket_path),
+        help="make a socket for status, top and moving guests there",
+    )
+    control.add_argument(
+        "--control-mode",
+        metavar="MODE",
+        type=argument(values.parse_mode),
+        help="permission bits of that socket (default: 0600; 0660 with a group)",
+    )
+    control.add_argument(
+        "--control-group",
+        metavar="GROUP",
+        type=argument(values.parse_name),
+        help="group of that socket; its members can read guests' memory",
     )
     device = parser.add_argument_group("the device, unless --config describes it")
     device.add_argument(
@@ -236,14 +262,22 @@ def _way(text: str) -> Way:
     return argument(parse_way)(text)
 
 
-def owners_of(options: argparse.Namespace) -> tuple[Configured, ...]:
-    """The owners that the options describe.  Raises ConfigError, HostError."""
+def configuration_of(options: argparse.Namespace) -> Configuration:
+    """What the options describe.  Raises ConfigError, HostError."""
     if options.config is not None:
         for name in DEVICE_OPTIONS:
             if getattr(options, name) is not None:
                 option = "--" + name.replace("_", "-")
                 raise _usage(f"{option} does not go with --config; write it into the file")
         return read_file(options.config)
+    owners = _owners_of(options)
+    control = _control(options)
+    check(owners, "options", control)
+    return Configuration(owners, control)
+
+
+def _owners_of(options: argparse.Namespace) -> tuple[Configured, ...]:
+    """The owner of the one device."""
     socket = _socket(options)
     if options.vf is not None:
         from vfio_user_virtio_server.physical_config import physical_of_options
@@ -275,15 +309,13 @@ def owners_of(options: argparse.Namespace) -> tuple[Configured, ...]:
         p2p=not options.no_p2p,
         pf=_pf(options),
     )
-    check((owner,), "options")
     return (owner,)
 
 
 def run(options: argparse.Namespace) -> int:
     from vfio_user_virtio_server import daemon
 
-    owners = owners_of(options)
-    return daemon.run(owners, one_off=options.one_off)
+    return daemon.run(configuration_of(options), one_off=options.one_off)
 
 
 def _socket(options: argparse.Namespace) -> SocketConfig:
@@ -294,6 +326,17 @@ def _socket(options: argparse.Namespace) -> SocketConfig:
             option = "--" + name.replace("_", "-")
             raise _usage(f"{option} is for a socket made here; add --socket-path")
     return NEXT_INHERITED if options.fd is None else SocketFd(options.fd)
+
+
+def _control(options: argparse.Namespace) -> SocketConfig | None:
+    if options.control_path is not None:
+        place = SocketPath(options.control_path, options.control_mode, options.control_group)
+        return control_socket(place)
+    for name in ("control_mode", "control_group"):
+        if getattr(options, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise _usage(f"{option} is for a socket made here; add --control-path")
+    return None
 
 
 def _pf(options: argparse.Namespace) -> ServedPf | None:

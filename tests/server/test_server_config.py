@@ -44,7 +44,7 @@ def refusal(text: str) -> str:
 
 
 def test_the_example_says_everything_there_is_to_say() -> None:
-    office, lab = software(read_file(str(EXAMPLE), seed=b"host"))
+    office, lab = software(read_file(str(EXAMPLE), seed=b"host").owners)
     assert office.name == "office"
     assert office.uplink == values.TapUplink("vnet0")
     vm1, vm2 = office.members

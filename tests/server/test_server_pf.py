@@ -23,7 +23,7 @@ from vfio_user_virtio_server.config import (
     read_file,
 )
 from vfio_user_virtio_server.main import _parser
-from vfio_user_virtio_server.serve import owners_of
+from vfio_user_virtio_server.serve import configuration_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,13 +85,13 @@ def test_a_pf_that_cannot_be_is_refused(pf: dict[str, object], problem: str) -> 
 
 def test_options_describe_a_pf_too(folder: Path) -> None:
     arguments = ["serve", "--socket-path", f"{folder}/vm", "--pf-socket-path", f"{folder}/pf"]
-    (owner,) = software(owners_of(_parser(arguments).parse_args(arguments)))
+    (owner,) = software(configuration_of(_parser(arguments).parse_args(arguments)).owners)
     assert owner.pf is not None
     assert owner.pf.socket == SocketPath(f"{folder}/pf")
     assert owner.pf.mac != owner.members[0].mac
     arguments = ["serve", "--config", "x", "--pf-socket-path", f"{folder}/pf"]
     with pytest.raises(HostError, match="--pf-socket-path does not go with --config"):
-        owners_of(_parser(arguments).parse_args(arguments))
+        configuration_of(_parser(arguments).parse_args(arguments))
 
 
 async def test_the_daemon_serves_a_pf_and_members_that_it_migrates(folder: Path) -> None:
@@ -106,7 +106,7 @@ async def test_the_daemon_serves_a_pf_and_members_that_it_migrates(folder: Path)
         socket_path = "{folder}/2"
         """
     )
-    (owner,) = read_file(str(config))
+    (owner,) = read_file(str(config)).owners
     assert len(owner.served) == 3
     with served("--config", config) as server:
         for _ in range(2):

@@ -40,7 +40,7 @@ def one(text: str) -> PhysicalOwnerConfig:
 
 
 def of_options(*arguments: str) -> PhysicalOwnerConfig:
-    (owner,) = serve.owners_of(parsed(*arguments))
+    (owner,) = serve.configuration_of(parsed(*arguments)).owners
     assert isinstance(owner, PhysicalOwnerConfig)
     return owner
 
@@ -140,7 +140,7 @@ def test_options_of_the_software_model_do_not_go_with_a_vf() -> None:
 @pytest.mark.parametrize("option", ["--pf=03:00.0", "--member=1", "--no-map-bars", "--way=group"])
 def test_options_of_a_vf_do_not_go_without(option: str) -> None:
     with pytest.raises(HostError, match="add --vf"):
-        serve.owners_of(parsed(option))
+        serve.configuration_of(parsed(option))
 
 
 @pytest.mark.parametrize(

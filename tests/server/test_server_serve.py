@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def owner(*arguments: str) -> OwnerConfig:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    (made,) = serve.owners_of(parser.parse_args(arguments))
+    (made,) = serve.configuration_of(parser.parse_args(arguments)).owners
     assert isinstance(made, OwnerConfig)
     return made
 

@@ -79,6 +79,7 @@ class TransitionalDevice:
     def __init__(
         self, device: Device, client: AdminClient, member_id: int, notify: tuple[int, int]
     ) -> None:
+        self.inner: Final = device
         self._device = device
         self._client = client
         self._member_id = member_id

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfio_user_virtio.device import RemoteMemory
-    from vfio_user_virtio.memory.guest_memory import GuestMemory, Piece
+    from vfio_user_virtio.memory.guest_memory import GuestMemory, MappedRange, Piece
 
 
 class GuestAccess:
@@ -39,6 +39,10 @@ class GuestAccess:
         self._memory = memory
         self._remote = remote
         self._written = written
+
+    def mappings(self) -> list[MappedRange]:
+        """What is mapped, in the order of addresses."""
+        return self._memory.mappings()
 
     async def read(self, iova: int, count: int) -> bytes:
         """The `count` bytes at `iova`.

@@ -62,6 +62,16 @@ class GuestMemoryStatistics:
 
 
 @attrs.frozen
+class MappedRange:
+    """A DMA mapping: `size` bytes at `iova`; `file`: it came with one, and no message is needed."""
+
+    iova: int
+    size: int
+    access: DmaAccess
+    file: bool
+
+
+@attrs.frozen
 class Piece:
     """A part of a range: `size` bytes at `iova`; `memory` None if only messages reach them."""
 
@@ -292,6 +302,13 @@ class GuestMemory:
             if here is not memory or region.delta != delta:
                 return None
         return memory[iova + delta : iova + delta + size]
+
+    def mappings(self) -> list[MappedRange]:
+        """What is mapped, in the order of addresses."""
+        return [
+            MappedRange(one.start, one.end - one.start, one.access, one.file is not None)
+            for one in self._regions
+        ]
 
     def statistics(self) -> GuestMemoryStatistics:
         """Counted when asked for, in time linear in the number of mappings."""

@@ -23,6 +23,8 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
+import attrs
+
 from vfio_user_virtio import limits
 from vfio_user_virtio.errors import ClientError, HostError
 from vfio_user_virtio.migration.admin_client import UNANSWERED, AdminError
@@ -73,6 +75,17 @@ if TYPE_CHECKING:
     from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
 
 _log: Final = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class Progress:
+    """Bytes of the stream that can be read, that have been, and that were loaded; and how many
+    whole images were."""
+
+    to_read: int = 0
+    read: int = 0
+    loaded: int = 0
+    images: int = 0
 
 
 class PrivateStateHolder(Protocol):
@@ -176,6 +189,15 @@ class MemberMigration:
         except (AdminError, HostError) as error:
             raise ClientError(_errno_of(error), f"{self._name}: {error}") from error
         return info
+
+    @property
+    def progress(self) -> Progress:
+        """How far the stream that is being saved, or loaded, has come."""
+        if self._saving is not None:
+            return Progress(to_read=self._saving.backlog, read=self._saving.position)
+        if self._loading is not None:
+            return Progress(loaded=self._loading.taken, images=self._loading.images)
+        return Progress()
 
     async def data_size(self) -> int:
         """How many bytes the final image is likely to have (feature MIG_DATA_SIZE)."""

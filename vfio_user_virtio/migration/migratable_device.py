@@ -11,9 +11,13 @@ probed for that.  Any other answers ENOTTY, which is what newer clients take for
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import errno
 import logging
 from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
 
 from vfio_user_virtio.device import FeatureOperation, ResetCause, VfioRegion
 from vfio_user_virtio.errors import ClientError
@@ -24,6 +28,7 @@ from vfio_user_virtio.protocol.dma_logging import (
 )
 from vfio_user_virtio.protocol.feature import Feature
 from vfio_user_virtio.protocol.migration import (
+    MigrationState,
     decode_device_state_request_untrusted,
     encode_data_size,
     encode_device_state,
@@ -31,7 +36,7 @@ from vfio_user_virtio.protocol.migration import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from vfio_user_virtio.device import (
         Device,
@@ -52,6 +57,14 @@ _GET: Final = FeatureOperation.GET
 _SET: Final = FeatureOperation.SET
 
 
+class Holder(enum.Enum):
+    """Who migrates a device, or has its writes logged."""
+
+    NOBODY = "nobody"
+    CLIENT = "client"
+    CONTROL = "control"
+
+
 class DmaLogging(Protocol):
     """A device that can tell which guest memory it wrote.  Raises ClientError."""
 
@@ -65,14 +78,94 @@ class DmaLogging(Protocol):
 
 
 class MigratableDevice:
-    """`device`, which is migrated by `migration`; `logging` tells what it wrote, if it can."""
+    """`device`, which is migrated by `migration`; `logging` tells what it wrote, if it can.
+
+    `holder`, `log_holder`: who does it.  It begins with the first state other than RUNNING, or the
+    start of logging, and others are refused (EBUSY) until its end.
+    """
 
     def __init__(
         self, device: Device, migration: MemberMigration, logging: DmaLogging | None
     ) -> None:
         self.migration = migration
+        self.inner: Final = device
+        self.holder = Holder.NOBODY
+        self.log_holder = Holder.NOBODY
         self._device = device
         self._logging = logging
+        self._lock = trio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def in_hand(self, who: Holder) -> AsyncIterator[MemberMigration]:
+        """The migration, for one request of `who`; what else has a say in it waits meanwhile.
+
+        Raises ClientError EBUSY if somebody else has it in hand.
+        """
+        async with self._alone():
+            if self.holder not in (Holder.NOBODY, who):
+                raise ClientError(
+                    errno.EBUSY,
+                    f"the device is in {self.migration.state.name} by its {self.holder.value}'s "
+                    "doing; wait until that is over",
+                )
+            try:
+                with self.migration.request():
+                    yield self.migration
+            finally:
+                idle = self.migration.state is MigrationState.RUNNING
+                self.holder = Holder.NOBODY if idle else who
+
+    def logging_in_hand(self, who: Holder) -> DmaLogging:
+        """The log, for `who`.
+
+        Raises ClientError: EBUSY if somebody else has it in hand, ENOTTY if there is none.
+        """
+        if self._logging is None:
+            raise ClientError(errno.ENOTTY, "this device does not log what it writes")
+        if self.log_holder not in (Holder.NOBODY, who):
+            raise ClientError(
+                errno.EBUSY, f"DMA logging was started by the device's {self.log_holder.value}"
+            )
+        return self._logging
+
+    def start_logging(self, who: Holder, start: LoggingStart) -> None:
+        """Raises ClientError, as `logging_in_hand` and `DmaLogging`."""
+        self.logging_in_hand(who).start_logging(start)
+        self.log_holder = who
+
+    def stop_logging(self, who: Holder) -> None:
+        """Raises ClientError, as `logging_in_hand`."""
+        self.logging_in_hand(who).stop_logging()
+        self.log_holder = Holder.NOBODY
+
+    @property
+    def can_log(self) -> bool:
+        return self._logging is not None
+
+    async def give_up(self) -> None:
+        """End what is going on: the device runs, and one that is half loaded is reset first."""
+        async with self._alone():
+            await self._give_up()
+
+    async def _give_up(self) -> None:
+        try:
+            if self.migration.half_loaded:
+                await self._forget_stream()
+            await self.migration.client_is_gone()
+        finally:
+            self.holder = Holder.NOBODY
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Without a turn for others if nobody holds the lock."""
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # --- features ------------------------------------------------------------------------------
 
@@ -85,8 +178,7 @@ class MigratableDevice:
                 raise ClientError(errno.EINVAL, f"device feature {index} has no {wanted.name}")
         if operation & FeatureOperation.PROBE:
             return b""
-        with self.migration.request():
-            return await handlers[_GET if operation & _GET else _SET](self, data)
+        return await handlers[_GET if operation & _GET else _SET](self, data)
 
     async def _get_flags(self, data: bytes) -> bytes:
         return encode_migration_flags(self.migration.options)
@@ -95,60 +187,67 @@ class MigratableDevice:
         return encode_device_state(self.migration.state)
 
     async def _set_state(self, data: bytes) -> bytes:
-        await self.migration.set_state(decode_device_state_request_untrusted(data))
-        return encode_device_state(self.migration.state)
+        wanted = decode_device_state_request_untrusted(data)
+        async with self.in_hand(Holder.CLIENT) as migration:
+            await migration.set_state(wanted)
+            return encode_device_state(migration.state)
 
     async def _get_data_size(self, data: bytes) -> bytes:
-        return encode_data_size(await self.migration.data_size())
+        async with self._alone():
+            with self.migration.request():
+                return encode_data_size(await self.migration.data_size())
 
     async def _start_logging(self, data: bytes) -> bytes:
-        assert self._logging is not None
-        self._logging.start_logging(decode_logging_start_untrusted(data))
+        self.start_logging(Holder.CLIENT, decode_logging_start_untrusted(data))
         return data
 
     async def _stop_logging(self, data: bytes) -> bytes:
-        assert self._logging is not None
-        self._logging.stop_logging()
+        self.stop_logging(Holder.CLIENT)
         return b""
 
     async def _report_logging(self, data: bytes) -> bytes:
-        assert self._logging is not None
         report = decode_logging_report_untrusted(data)
-        return encode_logging_report_reply(report, self._logging.report_logging(report))
+        bitmap = self.logging_in_hand(Holder.CLIENT).report_logging(report)
+        return encode_logging_report_reply(report, bitmap)
 
     async def migration_read(self, count: int) -> bytes | memoryview:
-        return self.migration.read(count)
+        async with self.in_hand(Holder.CLIENT) as migration:
+            return migration.read(count)
 
     async def migration_write(self, data: bytes | memoryview) -> None:
-        with self.migration.request():
-            await self.migration.write(data)
+        async with self.in_hand(Holder.CLIENT) as migration:
+            await migration.write(data)
 
     async def precopy_info(self) -> tuple[int, int]:
-        with self.migration.request():
-            info = await self.migration.precopy_info()
+        async with self.in_hand(Holder.CLIENT) as migration:
+            info = await migration.precopy_info()
         return info.initial_bytes, info.dirty_bytes
 
     # --- what has a say in the migration -------------------------------------------------------
 
     async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
-        await self._device.region_write(index, offset, data)
-        if index == VfioRegion.CONFIG:
+        if index != VfioRegion.CONFIG:
+            await self._device.region_write(index, offset, data)
+            return
+        async with self._alone():
+            await self._device.region_write(index, offset, data)
             with self.migration.request():
                 await self.migration.function_was_reset()
 
     async def reset(self, cause: ResetCause) -> None:
-        await self._device.reset(cause)
-        with self.migration.request():
-            await self.migration.device_was_reset()
+        async with self._alone():
+            await self._device.reset(cause)
+            with self.migration.request():
+                await self.migration.device_was_reset()
+            self.holder = Holder.NOBODY
 
     async def release(self) -> None:
         try:
-            if self.migration.half_loaded:
-                await self._forget_stream()
-            await self.migration.client_is_gone()
+            await self.give_up()
         finally:
             if self._logging is not None:
                 self._logging.stop_logging()
+            self.log_holder = Holder.NOBODY
             await self._device.release()
 
     async def _forget_stream(self) -> None:

@@ -113,8 +113,8 @@ def decode_record_header_untrusted(data: Buffer, max_record_size: int) -> Record
 class StreamDecoder:
     """Takes a stream apart, however it was cut.  One decoder is one stream.
 
-    `images`: how many came whole.  `skipped`: how many records were skipped; `on_skip`, if there is
-    one, is told the header of each when all of it has gone by.
+    `taken`: bytes that came.  `images`: how many came whole.  `skipped`: how many records were
+    skipped; `on_skip`, if there is one, is told the header of each when all of it has gone by.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class StreamDecoder:
     ) -> None:
         self._max_record_size = max_record_size
         self._on_skip = on_skip
+        self.taken = 0
         self.images = 0
         self.skipped = 0
         self._head = bytearray()
@@ -143,6 +144,7 @@ class StreamDecoder:
         for a record, and ENODEV ever after.
         """
         self._check_sound()
+        self.taken += len(data)
         self._failed = "its last piece was not taken to the end"
         return self._records_untrusted(memoryview(data))
 

@@ -45,7 +45,7 @@ async def serve_listener(
     """
     listener.setblocking(False)
     while True:
-        sock = await _accept(listener, name)
+        sock = await accept(listener, name)
         session = Session(sock, device, name=name, capabilities=capabilities)
         if on_session is not None:
             on_session(session)
@@ -61,17 +61,21 @@ async def serve_connected(
     *,
     name: str = "session",
     capabilities: Capabilities = OWN_CAPABILITIES,
+    on_session: Callable[[Session], None] | None = None,
 ) -> Session:
     """Serve the client at the other end of `sock` until it goes; the session, for its statistics.
 
     `sock` is closed in the end.
     """
     session = Session(sock, device, name=name, capabilities=capabilities)
+    if on_session is not None:
+        on_session(session)
     await session.run()
     return session
 
 
-async def _accept(listener: socket.socket, name: str) -> socket.socket:
+async def accept(listener: socket.socket, name: str) -> socket.socket:
+    """The next connection, for `name` in the log.  Raises OSError if there can be no other."""
     while True:
         await trio.lowlevel.wait_readable(listener)
         try:

@@ -22,6 +22,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import struct
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -62,6 +64,9 @@ logger = logging.getLogger(__name__)
 _UNKNOWN: Final = 0
 """Under this number, which no command has, those are counted that no specification knows."""
 
+_PEER_CREDENTIALS: Final = struct.Struct("iII")
+"""pid, uid and gid, as SO_PEERCRED gives them."""
+
 _TOLD_ONCE: Final = frozenset(
     {
         Command.DMA_MAP,
@@ -96,6 +101,11 @@ class Session:
         self._told: set[tuple[int, int]] = set()
         self._at_hand: Frame | None = None
         self._over = "it was stopped"
+        self.connected: Final = time.time()
+        """When the client came, in seconds since 1970."""
+        self.process: Final = _process_of(sock)
+        """The client's pid, if the kernel tells."""
+        self.over = False
 
     def statistics(self) -> SessionStatistics:
         counts = {Command(c).name: n for c, n in self._counts.items() if n and c != _UNKNOWN}
@@ -125,6 +135,7 @@ class Session:
             self._over = f"the device failed: {_first(errors)}"
             logger.exception("%s: unexpected failure", self.name, exc_info=errors)
         finally:
+            self.over = True
             logger.info("%s: session over: %s", self.name, self._over)
 
     # --- a session's life -----------------------------------------------------------------------
@@ -312,6 +323,15 @@ class _Noting:
     ) -> None:
         if isinstance(error, Exception):
             error.add_note(self._describe())
+
+
+def _process_of(sock: socket.socket) -> int | None:
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    except OSError:
+        return None
+    pid: int = _PEER_CREDENTIALS.unpack(data)[0]
+    return pid or None  # 0 for one in another pid namespace
 
 
 def _refuse_reply(frame: Frame) -> None:

@@ -205,6 +205,13 @@ class Function:
         else:
             self._assert_intx(ISR_CONFIG)
 
+    def interrupt_all(self) -> None:
+        """Send one interrupt for each queue in use, and one for the configuration."""
+        for index, queue in enumerate(self.common.state.queues):
+            if queue.enabled:
+                self.interrupt_queue(index)
+        self.interrupt_config()
+
     def _assert_intx(self, cause: int) -> None:
         self.isr |= cause
         self.config.set_interrupt_status(True)

@@ -31,6 +31,7 @@ from vfio_user_virtio.backends.software.announcement import rarp_request
 from vfio_user_virtio.backends.software.dma_logging import MemberLogging
 from vfio_user_virtio.backends.software.function import Function
 from vfio_user_virtio.backends.software.member_legacy import MemberLegacy
+from vfio_user_virtio.backends.software.member_operator import MemberOperator
 from vfio_user_virtio.backends.software.ports import (
     Offload,
     flow_bytes,
@@ -132,6 +133,7 @@ class Member:
         self.legacy: Final = MemberLegacy(self)
         self.mode: Final = StoppedMode(self, self._queues)
         self.logging: Final = MemberLogging(name, self._queues)
+        self.operator: Final = MemberOperator(self, self._queues, switch)
 
     def _initial_state(self) -> NetState:
         return NetState(FilterState(self.config.mac), max_queue_pairs=self.config.queue_pairs)

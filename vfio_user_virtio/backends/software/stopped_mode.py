@@ -118,11 +118,7 @@ class StoppedMode:
         if not self._interrupts_owed:
             return
         self._interrupts_owed = False
-        function = self._member.function
-        for index, queue in enumerate(function.common.state.queues):
-            if queue.enabled:
-                function.interrupt_queue(index)
-        function.interrupt_config()
+        self._member.function.interrupt_all()
 
     def device_reset(self) -> None:
         """The virtio device has been reset."""

@@ -128,6 +128,11 @@ class Switch:
         self._ports[port].capture = capture
         self.refresh()
 
+    @property
+    def uplinks(self) -> tuple[Uplink, ...]:
+        """The uplinks that are plugged in."""
+        return tuple(at.uplink for at in self._ports.values() if at.uplink is not None)
+
     def statistics(self, port: Port) -> PortStatistics:
         """Counters of one port."""
         self._fold()

@@ -1,0 +1,136 @@
+"""The structures of the control interface as classes, and how they come from and go to JSON.
+
+Each class has the name and the fields of a type in `interface.CONTROL_TEXT`; a test compares the
+two.  What arrives has been checked against that text, so making objects of it cannot fail.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import attrs
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.control.varlink import Json
+
+_T = TypeVar("_T")
+
+
+@attrs.frozen(kw_only=True)
+class Session:
+    """The client of a device; `connected` in seconds since 1970, `process` its pid if known."""
+
+    connected: float
+    process: int | None = None
+    version: str | None = None
+    commands: dict[str, int] = attrs.field(factory=dict)
+    errors: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Migration:
+    """A device's migration; sizes in bytes of the stream."""
+
+    state: str
+    options: list[str]
+    holder: str
+    to_read: int
+    read: int
+    loaded: int
+    images: int
+    half_loaded: bool
+
+
+@attrs.frozen
+class Memory:
+    """DMA mappings: how many, and how many bytes with a file and without."""
+
+    mappings: int
+    mapped: int
+    remote: int
+
+
+@attrs.frozen(kw_only=True)
+class Device:
+    """A served device and how it is."""
+
+    name: str
+    kind: str
+    identity: str
+    abilities: list[str]
+    session: Session | None
+    migration: Migration | None
+    memory: Memory | None
+    dirty_log: str
+
+
+@attrs.frozen
+class Counters:
+    """A group of counters, by name."""
+
+    group: str
+    counts: dict[str, int]
+
+
+@attrs.frozen
+class Statistics:
+    """Counters of a device."""
+
+    device: str
+    counters: list[Counters]
+
+
+@attrs.frozen
+class Range:
+    """`size` bytes of guest memory from `iova` on."""
+
+    iova: int
+    size: int
+
+
+@attrs.frozen(kw_only=True)
+class Mapping:
+    """A DMA mapping; `file`: it came with one."""
+
+    iova: int
+    size: int
+    read: bool
+    write: bool
+    file: bool
+
+
+@attrs.frozen
+class Piece:
+    """Bytes of guest memory from `iova` on, in base64."""
+
+    iova: int
+    data: str
+
+
+def to_json(record: attrs.AttrsInstance) -> dict[str, Json]:
+    return attrs.asdict(record)
+
+
+def from_json(kind: type[_T], value: Json) -> _T:
+    """The `kind` that `value` is, which has been checked."""
+    return cast("_T", _made(kind, value))
+
+
+def _made(kind: object, value: Json) -> object:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _made(arguments[0], value)
+    if origin is list:
+        return [_made(arguments[0], item) for item in cast("list[Json]", value)]
+    if origin is dict:
+        made = cast("dict[str, Json]", value).items()
+        return {key: _made(arguments[1], item) for key, item in made}
+    if isinstance(kind, type) and attrs.has(kind):
+        fields = typing.get_type_hints(kind)
+        given = cast("dict[str, Json]", value)
+        return kind(**{name: _made(fields[name], given.get(name)) for name in fields})
+    return value
