@@ -55,6 +55,9 @@ COMMANDS: Final = {
     "migrate": _Command(
         "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
     ),
+    "migrate-vm": _Command(
+        "vfio_user_virtio_server.migrate_vm", "move a running guest to another QEMU"
+    ),
     "image": _Command("vfio_user_virtio_server.image", "look into saved migration streams"),
     "bind": _Command("vfio_user_virtio_server.bind", "give PCI functions to vfio-pci"),
     "unbind": _Command("vfio_user_virtio_server.bind", "give PCI functions back to the kernel"),

@@ -194,14 +194,10 @@ def _write_initrd(bed: Bed, machine: Machine, folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def boot(
+async def start(
     bed: Bed, machine: Machine, folder: Path, wrap: Callable[[list[str]], list[str]] | None = None
 ) -> AsyncIterator[Guest]:
-    """A guest whose user space is up; its end is QEMU's, in order.
-
-    `folder` is the guest's own: it gets the console's log and QEMU's standard error.  `wrap` turns
-    QEMU's command into the one that is run (`Netns.wrap`).
-    """
+    """As `boot`, once its QEMU answers: one that is to arrive (``-incoming``) never boots."""
     initrd = _write_initrd(bed, machine, folder)
     agent, agent_theirs = socket.socketpair()
     monitor, monitor_theirs = socket.socketpair()
@@ -222,8 +218,21 @@ async def boot(
         guest = Guest(process, agent_stream, qmp, folder / CONSOLE_LOG)
         try:
             await _start_monitor(guest)
-            await guest.wait_boot(1)
             yield guest
         finally:
             with trio.CancelScope(shield=True):
                 await guest.quit()
+
+
+@asynccontextmanager
+async def boot(
+    bed: Bed, machine: Machine, folder: Path, wrap: Callable[[list[str]], list[str]] | None = None
+) -> AsyncIterator[Guest]:
+    """A guest whose user space is up; its end is QEMU's, in order.
+
+    `folder` is the guest's own: it gets the console's log and QEMU's standard error.  `wrap` turns
+    QEMU's command into the one that is run (`Netns.wrap`).
+    """
+    async with start(bed, machine, folder, wrap) as guest:
+        await guest.wait_boot(1)
+        yield guest

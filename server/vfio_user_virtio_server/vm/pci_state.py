@@ -172,6 +172,12 @@ class PciState:
             found.setdefault(self.config[offset], []).append(offset)
         return found
 
+    def words(self) -> list[int]:
+        """Offsets of all that may be read without an effect."""
+        chain = list(_chain(self.config))
+        behind = [word for offset in chain for word in _words(self.config, offset)]
+        return [*range(0, _HEADER_SIZE, 4), *chain, *behind]
+
     def registers(self) -> Iterator[Register]:
         """What `restore` writes beside COMMAND and the table, in its order."""
         yield from HEADER
@@ -252,29 +258,32 @@ class PciState:
         return None
 
 
-async def read_config(access: PciAccess) -> PciState:
-    """Configuration space alone; changes nothing, so the guest may run.  Raises QemuError."""
-    config = bytearray(STANDARD_SIZE)
+async def read_config(access: PciAccess, like: PciState | None = None) -> PciState:
+    """Configuration space alone; changes nothing, so the guest may run.
+
+    `like`: a state that says where the capabilities are, so that all is read at once.  Raises
+    QemuError.
+    """
+    config = bytearray(STANDARD_SIZE if like is None else like.config)
+    if like is not None:
+        await _read(access, config, like.words())
+        return PciState(bytes(config))
     await _read(access, config, range(0, _HEADER_SIZE, 4))
     read: set[int] = set()
     while new := [offset for offset in _chain(config) if offset not in read]:
         read.update(new)
         await _read(access, config, new)
-        words = [
-            word
-            for offset in new
-            for word in range(offset + 4, min(offset + _size(config, offset), STANDARD_SIZE), 4)
-        ]
-        await _read(access, config, words)
+        await _read(access, config, [word for offset in new for word in _words(config, offset)])
     return PciState(bytes(config))
 
 
-async def capture(access: PciAccess) -> PciState:
+async def capture(access: PciAccess, like: PciState | None = None) -> PciState:
     """All of it.  The guest must not run: memory decoding may have to be turned on for a while.
 
-    Raises QemuError, also for a function that cannot be taken (`PciState.refusals`).
+    `like`: see `read_config`.  Raises QemuError, also for a function that cannot be taken
+    (`PciState.refusals`).
     """
-    state = await read_config(access)
+    state = await read_config(access, like)
     if problems := state.refusals():
         raise QemuError("; ".join(problems))
     words = state.table_words()
@@ -304,7 +313,7 @@ async def restore(access: PciAccess, state: PciState) -> None:
 
     Raises QemuError; also when it is another kind of function, or does not keep what it is given.
     """
-    fresh = await read_config(access)
+    fresh = await read_config(access, state)
     if problems := state.differences(fresh):
         raise QemuError(f"the functions differ: {problems[0]}")
     registers = list(state.registers())
@@ -322,7 +331,7 @@ async def restore(access: PciAccess, state: PciState) -> None:
 
 
 async def _check(access: PciAccess, state: PciState, registers: Sequence[Register]) -> None:
-    there = await read_config(access)
+    there = await read_config(access, state)
     for register in (*registers, Register(COMMAND, 2)):
         wanted = state.load(register.offset, register.size) & register.mask
         got = there.load(register.offset, register.size) & register.mask
@@ -356,7 +365,12 @@ def _chain(config: bytes | bytearray) -> Iterator[int]:
         offset = config[offset + 1] & ~3
 
 
-def _size(config: bytearray, offset: int) -> int:
+def _words(config: bytes | bytearray, offset: int) -> range:
+    """The words of the capability at `offset` behind its first, as far as they may be read."""
+    return range(offset + 4, min(offset + _size(config, offset), STANDARD_SIZE), 4)
+
+
+def _size(config: bytes | bytearray, offset: int) -> int:
     """How many bytes of the capability at `offset` may be read."""
     if config[offset] != _VENDOR:
         return _SIZES.get(config[offset], 4)
