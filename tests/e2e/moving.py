@@ -23,9 +23,14 @@ from tests.e2e import traffic
 from tests.testbed.guest import boot, start
 from tests.testbed.machine import Machine, vfio_user_pci
 from tests.testbed.server_process import COMMAND, serve
+from vfio_user_virtio_server.dial import dial
+from vfio_user_virtio_server.vm.control import connect_server
+from vfio_user_virtio_server.vm.move import Move, MovedDevice, Place
+from vfio_user_virtio_server.vm.qemu import Qemu
+from vfio_user_virtio_server.vm.qmp import open_qmp
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from tests.testbed.bed import Bed
@@ -131,6 +136,23 @@ def command(source: End, target: End, *options: str) -> list[str]:
         *("--to-qmp", str(target.qmp), "--to-control", str(target.control)),
         *options,
     ]
+
+
+async def move(source: End, target: End, on_step: Callable[[str], None]) -> Move:
+    """The same in this process: `on_step` may fail it at any step.  Raises HostError."""
+    async with (
+        open_qmp(await dial(str(source.qmp)), "source") as from_qmp,
+        open_qmp(await dial(str(target.qmp)), "target") as to_qmp,
+        connect_server(str(source.control)) as from_server,
+        connect_server(str(target.control)) as to_server,
+    ):
+        places = Place(from_server, "device"), Place(to_server, "device")
+        moved = Move(Qemu(from_qmp), Qemu(to_qmp), [MovedDevice("vf", *places)], on_step=on_step)
+        try:
+            await moved.run()
+        finally:
+            assert moved.failed == []
+        return moved
 
 
 # --- traffic ------------------------------------------------------------------------------------

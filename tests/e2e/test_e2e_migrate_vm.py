@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.e2e import moving
+from vfio_user_virtio.errors import HostError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,5 +36,47 @@ async def test_there_and_back(bed: Bed, netns: Netns, tmp_path: Path) -> None:
                 await passing.pass_more()
                 here = there
             sent, lost = await passing.check(here.guest)
-            assert lost == 0
+            assert (sent > 10, lost) == (True, 0)
         assert await here.guest.kernel_complaints() == []
+
+
+class Injected(HostError):
+    """A step that was made to fail."""
+
+
+async def test_the_source_runs_on_whatever_fails(bed: Bed, netns: Netns, tmp_path: Path) -> None:
+    """Failures, then cancellations, at steps of each kind; and after all that the guest moves."""
+    async with moving.open_mover(bed, netns, tmp_path) as mover:
+        here = await mover.end(incoming=False)
+        async with moving.running_traffic(netns, here.guest) as passing:
+            for step in ("log", "mark pages", "restore PCI state", "run"):
+
+                def fail(name: str, at: str = step) -> None:
+                    if name == at:
+                        raise Injected("on purpose")
+
+                there = await mover.end(incoming=True)
+                with pytest.raises(Injected):
+                    await moving.move(here, there, fail)
+                await there.guest.process.wait()
+                await passing.pass_more(2)
+
+            for step in ("pre-copy", "switch over", "load devices"):
+                with trio.CancelScope() as scope:
+
+                    def cancel(name: str, at: str = step, scope: trio.CancelScope = scope) -> None:
+                        if name == at:
+                            scope.cancel()
+
+                    there = await mover.end(incoming=True)
+                    await moving.move(here, there, cancel)
+                assert scope.cancelled_caught
+                await there.guest.process.wait()
+                await passing.pass_more(2)
+
+            there = await mover.end(incoming=True)
+            done = await moving.move(here, there, lambda _: None)
+            assert done.target_runs
+            await passing.pass_more()
+            await passing.check(there.guest)
+        assert await there.guest.kernel_complaints() == []

@@ -183,6 +183,7 @@ class Move:
     async def _do(self, step: Step) -> None:
         self._begun.append(step)
         self._on_step(step.name)
+        await trio.lowlevel.checkpoint_if_cancelled()
         began = trio.current_time()
         await step.do(self)
         self.phases.append(Phase(step.name, trio.current_time() - began))
