@@ -92,6 +92,11 @@ class Traffic:
             self.buffers[pair] += frame.buffers
             self.news.tell()
 
+    def given_up(self) -> None:
+        """The guest goes on where it was, and what the host sent meanwhile may be lost."""
+        self.moves_given_up += 1
+        self.news.tell()
+
     async def _send_from_guest(self, pair: int) -> None:
         self._sending += 1
         window = max(1, self.to_host // self.driver.pairs)
@@ -240,8 +245,7 @@ class Rig:
         try:
             migration = await self.guest.move_to(target, **options)  # type: ignore[arg-type]  # passed
         except BaseException:
-            self.traffic.moves_given_up += 1
-            self.traffic.news.tell()
+            self.traffic.given_up()
             raise
         assert self.guest.place is target
         await source.client.reset()
