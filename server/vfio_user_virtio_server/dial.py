@@ -5,14 +5,22 @@ More than `transport.client.connect` says: who may use the socket, and which exi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from typing import TYPE_CHECKING
 
 import trio
 
-from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.errors import ConnectionLost, HostError
+from vfio_user_virtio.transport.client import connect_socket
 from vfio_user_virtio_server import sockets
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from vfio_user_virtio.transport.client import Client
 
 
 async def dial(path: str) -> socket.socket:
@@ -31,6 +39,23 @@ async def dial(path: str) -> socket.socket:
         except trio.Cancelled:
             sock.close()
             raise
+
+
+@contextlib.asynccontextmanager
+async def session(path: str) -> AsyncIterator[Client]:
+    """A client of the server at `path`.  Raises HostError if it does not answer as one."""
+    connected = False
+    try:
+        async with connect_socket(await dial(path)) as client:
+            connected = True
+            yield client
+    except ConnectionLost as error:
+        if connected:
+            raise
+        raise HostError(
+            f"{path}: {error}; a device serves one client at a time, so is a VM using it?",
+            exit_code=os.EX_UNAVAILABLE,
+        ) from None
 
 
 def _unreachable(path: str, error: int) -> HostError:

@@ -33,23 +33,21 @@ import trio
 from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio.protocol.migration import MigrationState
-from vfio_user_virtio.transport.client import connect_socket
-from vfio_user_virtio.transport.device_migration import Migration
+from vfio_user_virtio.transport.device_migration import DOWNTIME, Migration
 from vfio_user_virtio.transport.migration_end import ANSWER_SECONDS
-from vfio_user_virtio_server import log, values
+from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
-from vfio_user_virtio_server.dial import dial
+from vfio_user_virtio_server.dial import session
+from vfio_user_virtio_server.progress import ProgressLine
+from vfio_user_virtio_server.report import Report, Span
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from vfio_user_virtio.protocol.migration import MigrationFlags
-    from vfio_user_virtio.transport.client import Client
 
 MAX_ROUNDS: Final = 3600
-_REDRAW_SECONDS: Final = 0.1
-_CLEAR_LINE: Final = "\r\33[K"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,11 +92,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long a server may take for one answer (default: {ANSWER_SECONDS:g})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=argument(report.check_path),
+        help="draw a time line of the phases there, as .html or .svg",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     if options.from_socket == options.to_socket:
         raise HostError("--from-socket and --to-socket are the same", exit_code=os.EX_USAGE)
+    if options.report is not None:
+        report.make(options.report)
     attempt = Attempt(options)
     cancelled_by = trio.run(attempt.run)
     if cancelled_by is not None:
@@ -106,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
         return 128 + cancelled_by
     done = attempt.migration
     assert done is not None
+    if options.report is not None:
+        report.write(options.report, drawn(options, done))
     if options.json:
         print(json.dumps(described(options, done), indent=2))
     else:
@@ -155,9 +163,9 @@ class Attempt:
     async def _migrate(self) -> None:
         options = self._options
         async with contextlib.AsyncExitStack() as stack:
-            source = await stack.enter_async_context(_session(options.from_socket))
-            target = await stack.enter_async_context(_session(options.to_socket))
-            progress = _ProgressLine()
+            source = await stack.enter_async_context(session(options.from_socket))
+            target = await stack.enter_async_context(session(options.to_socket))
+            progress = ProgressLine()
             stack.callback(progress.clear)
             self.migration = Migration(
                 source,
@@ -167,7 +175,7 @@ class Attempt:
                 keep_source=options.keep_source,
                 answer_seconds=options.timeout,
                 on_data=_saver(options.image, stack),
-                on_progress=progress.show,
+                on_progress=lambda m: progress.show(m.phases[-1].name, m.byte_count),
                 preflight=Preflight(),
             )
             # Not the sessions as well: the way back needs them.
@@ -178,22 +186,6 @@ class Attempt:
         async for number in signals:
             caught.append(number)
             self._cancellable.cancel()
-
-
-@contextlib.asynccontextmanager
-async def _session(path: str) -> AsyncIterator[Client]:
-    connected = False
-    try:
-        async with connect_socket(await dial(path)) as client:
-            connected = True
-            yield client
-    except ConnectionLost as error:
-        if connected:
-            raise
-        raise HostError(
-            f"{path}: {error}; a device serves one client at a time, so is a VM using it?",
-            exit_code=os.EX_UNAVAILABLE,
-        ) from None
 
 
 def _saver(
@@ -223,32 +215,6 @@ def _saver(
     return save
 
 
-class _ProgressLine:
-    """One line on standard error, if that is a terminal, which is gone in the end."""
-
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
-        self._shown = ""
-        self._redraw_at = 0.0
-
-    def show(self, migration: Migration) -> None:
-        """The phase, and the bytes so far; within a phase, ten times a second at most."""
-        phase = migration.phases[-1].name
-        now = trio.current_time()
-        if not self._on or (phase == self._shown and now < self._redraw_at):
-            return
-        self._shown, self._redraw_at = phase, now + _REDRAW_SECONDS
-        self._write(f"{_CLEAR_LINE}{phase}: {migration.byte_count:,} bytes")
-
-    def clear(self) -> None:
-        if self._shown:
-            self._write(_CLEAR_LINE)
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
 # --- the report ---------------------------------------------------------------------------------
 
 
@@ -267,6 +233,16 @@ def described(options: argparse.Namespace, done: Migration) -> dict[str, object]
         "source_state": _state(done),
         "image": options.image,
     }
+
+
+def drawn(options: argparse.Namespace, done: Migration) -> Report:
+    """For `report`; the phases follow on one another."""
+    spans: list[Span] = []
+    for phase in done.phases:
+        start = spans[-1].end if spans else 0.0
+        down = phase.name in DOWNTIME
+        spans.append(Span(phase.name, start, phase.seconds, phase.byte_count, down=down))
+    return Report(f"{options.from_socket} to {options.to_socket}", spans)
 
 
 def lines(options: argparse.Namespace, done: Migration) -> Iterator[str]:

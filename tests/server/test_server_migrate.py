@@ -289,3 +289,20 @@ def test_a_server_without_p2p_migrates_with_one_that_has_it() -> None:
         assert told["from_options"] == ["STOP_COPY", "PRE_COPY"]
         assert told["to_options"] == ["STOP_COPY", "P2P", "PRE_COPY"]
         assert told["precopy"]
+
+
+def test_a_time_line(tmp_path: Path) -> None:
+    with two() as both:
+        for name in ("r.svg", "r.html"):
+            result = run(*both.arguments, "--keep-source", "--report", tmp_path / name)
+            assert (result.returncode, result.stderr) == (0, "")
+            drawn = (tmp_path / name).read_text()
+            assert f">{both.folder}/a to {both.folder}/b</text>" in drawn
+            for phase in ("prepare", "pre-copy", "stop", "copy", "resume", "finish"):
+                assert f">{phase}</text>" in drawn
+        line = explained(os.EX_CANTCREAT, *both.arguments, "--report", "/nonexistent/r.svg")
+        assert line.endswith(
+            "cannot write the report to /nonexistent/r.svg: No such file or directory"
+        )
+        wrong = explained(os.EX_USAGE, *both.arguments, "--report", "r.png")
+        assert "its name ends in .html or .svg" in wrong
