@@ -80,6 +80,8 @@ class ModelKernel:
         self.memlock = 1 << 40
         self.unmap_all_known = True
         self.token: str | None = None
+        self.own_token: str | None = None
+        """Set by whoever has the function open."""
         self.refuse: dict[int, int] = {}
         """By number of the call: the errno that it is answered with."""
         self.ranges = [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
@@ -291,6 +293,10 @@ class ModelKernel:
         if token != (self.token and self.token.replace("-", "")):
             raise OSError(errno.EACCES if self.token else errno.EINVAL, "token")
         struct.pack_into("=I", data, 12, 9)
+
+    def _feature(self, data: bytearray) -> None:
+        assert struct.unpack_from("=II", data) == (24, 1 << 17), "the VF token, set"
+        self.own_token = bytes(data[8:]).hex()
 
     def _attach_iommufd_pt(self, data: bytearray) -> None:
         (pt,) = struct.unpack_from("=I", data, 8)

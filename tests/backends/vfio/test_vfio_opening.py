@@ -12,7 +12,7 @@ import pytest
 from tests.backends.vfio.model_kernel import ADDRESS, GROUP
 from vfio_user_virtio.backends.vfio.iommufd_uapi import IommufdIoctl
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
-from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way
+from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_pf
 from vfio_user_virtio.backends.vfio.type1_uapi import ContainerIoctl
 from vfio_user_virtio.backends.vfio.uapi import DeviceIoctl
 from vfio_user_virtio.device import DmaAccess
@@ -75,6 +75,37 @@ def test_token_of_the_pf(model: ModelKernel, way: Way) -> None:
             model.open(OpenOptions(way=way, vf_token=wrong))
         assert caught.value.errno == errno.EACCES
         assert open_fds() == before
+
+
+@pytest.mark.parametrize("in_use", [False, True], ids=["free", "VFs in use"])
+@pytest.mark.parametrize("way", [Way.CDEV, Way.GROUP])
+def test_the_token_of_a_pf_that_is_opened(model: ModelKernel, way: Way, *, in_use: bool) -> None:
+    """Set when it is open; given before only where the kernel insists, which then compares."""
+    options = OpenOptions(way=way, vf_token=TOKEN)
+    model.token = str(TOKEN) if in_use else None
+    open_pf(ADDRESS, options, root=model.sys, dev=model.dev).close()
+    assert model.own_token == (None if in_use else TOKEN.hex)
+    if in_use:
+        with pytest.raises(KernelRefusal, match="token is missing or wrong"):
+            open_pf(ADDRESS, OpenOptions(way=way), root=model.sys, dev=model.dev)
+    else:
+        before = open_fds()
+        model.refuse[DeviceIoctl.FEATURE] = errno.ENOTTY
+        with pytest.raises(KernelRefusal, match="setting the VF token"):
+            open_pf(ADDRESS, options, root=model.sys, dev=model.dev)
+        assert open_fds() == before
+
+
+def test_a_group_with_a_driver_of_the_kernel(model: ModelKernel) -> None:
+    other = "0000:00:1f.7"
+    (model.sys / f"kernel/iommu_groups/{GROUP}/devices" / other).mkdir(parents=True)
+    device = model.sys / "bus/pci/devices" / other
+    device.mkdir()
+    (device / "driver").symlink_to("../drivers/e1000e")
+    for way in (Way.CDEV, Way.GROUP):
+        with pytest.raises(HostError, match=f"is not viable.*vfio-user-virtio bind {other}"):
+            model.open(OpenOptions(way=way))
+    assert model.calls == []
 
 
 @pytest.mark.parametrize("number", [errno.E2BIG, errno.EINVAL])

@@ -105,6 +105,18 @@ async def test_what_is_no_pf_is_left_as_it_was(model: ModelKernel) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+async def test_memory_that_cannot_be_locked(model: ModelKernel, memory: int) -> None:
+    """The remedy is told, and undoing what was not done is no error."""
+    model.memlock = SIZE - 1
+    opened = model.open()
+    access = KernelAccess(opened)
+    with pytest.raises(KernelRefusal, match=r"RLIMIT_MEMLOCK .*LimitMEMLOCK=infinity"):
+        await access.dma_map(DmaMapping(OWNER_IOVA, SIZE, BOTH, memory))
+    await access.dma_unmap(OWNER_IOVA, SIZE)
+    opened.close()
+    access.close()
+
+
 # --- opening ------------------------------------------------------------------------------------
 
 
@@ -114,7 +126,7 @@ async def test_a_group_with_a_driver_of_the_kernel_is_told(tmp_path: Path) -> No
     tree._bind(PF, "vfio-pci")
     other = sysfs.PciAddress.parse("0000:03:00.1")
     tree.add(other, group=10, driver="virtio-pci")
-    with pytest.raises(HostError, match=f"IOMMU group 10 of {PF} has .* bind {other}"):
+    with pytest.raises(HostError, match=f"{PF}: its IOMMU group 10 is not viable.* bind {other}"):
         async with owned_function(PF, root=tmp_path):
             pass
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
@@ -33,7 +32,11 @@ import attrs
 import trio
 
 from vfio_user_virtio import limits
-from vfio_user_virtio.backends.vfio.kernel import KernelRefusal, address_of
+from vfio_user_virtio.backends.vfio.kernel import (
+    KernelRefusal,
+    address_of,
+    locked_memory_remedy,
+)
 from vfio_user_virtio.backends.vfio.memory_file import check_memory_file_untrusted
 from vfio_user_virtio.device import U64_END, DmaAccess
 from vfio_user_virtio.errors import ClientError
@@ -208,14 +211,7 @@ class ClientMemory:
     def _explain(self, error: KernelRefusal, mapping: DmaMapping) -> str:
         message = f"DMA_MAP: {error}"
         if error.errno == errno.ENOMEM:
-            soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
-            message += (
-                f"; {mapping.size} bytes, beside {self.pinned_bytes} that are pinned for "
-                f"{self._name}, are more than RLIMIT_MEMLOCK ({limit}) or the host's memory "
-                "allows; raise it (LimitMEMLOCK=infinity in the unit, ulimit -l unlimited) to the "
-                "guest's memory and some more"
-            )
+            message += "; " + locked_memory_remedy(mapping.size, self.pinned_bytes, self._name)
         return message
 
     def _tell_slow(self, mapping: DmaMapping, seconds: float) -> None:

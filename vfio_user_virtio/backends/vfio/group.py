@@ -169,8 +169,8 @@ def open_by_group(
     fds: list[int] = []
     try:
         path = group_path(group, noiommu=noiommu, dev=dev)
-        container = _open(dev / "vfio/vfio", fds)
-        group_fd = _open(path, fds)
+        container = _open(dev / "vfio/vfio", fds, address)
+        group_fd = _open(path, fds, address)
         _check_group(group_fd, path)
         ioctl(
             group_fd,
@@ -206,11 +206,11 @@ def open_by_group(
         raise
 
 
-def _open(path: Path, fds: list[int]) -> int:
+def _open(path: Path, fds: list[int], address: str) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise refusal(error, str(path), _OPEN_REMEDIES) from error
+        raise refusal(error, f"{address}: opening {path}", _OPEN_REMEDIES) from error
     fds.append(fd)
     return fd
 

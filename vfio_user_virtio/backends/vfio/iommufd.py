@@ -51,8 +51,8 @@ _BIND_REMEDIES: Final = {
     "echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts",
     errno.EACCES: "its PF is owned by a user of VFIO, and the VF token is missing or wrong",
     errno.EBUSY: "its group is open in another process; end that one",
-    errno.EINVAL: "another device of its IOMMU group is bound to a driver of the host, or a VF "
-    "token was given for a VF whose PF is not bound to vfio-pci",
+    errno.EINVAL: "another process has the device, end that one; or a VF token was given for a "
+    "function that takes none",
 }
 _NO_IOAS: Final = 0
 _NOT_THERE: Final = frozenset({errno.ENOTTY, errno.EOPNOTSUPP})
@@ -186,10 +186,10 @@ def open_by_cdev(
     """Open the function at `address`, whose node is /dev/vfio/devices/`node`, with a space of its
     own.  Raises HostError; the kernel's refusals as KernelRefusal.
     """
-    iommufd = _open(dev / IOMMUFD)
+    iommufd = _open(dev / IOMMUFD, address)
     try:
         space = IommufdSpace(iommufd)
-        fd = _open(dev / CDEVS / node)
+        fd = _open(dev / CDEVS / node, address)
         try:
             space.attach(fd, _bind(fd, iommufd, address, vf_token), address)
         except BaseException:
@@ -209,8 +209,8 @@ def _bind(fd: int, iommufd: int, address: str, vf_token: uuid.UUID | None) -> in
     return codec.decode_bind(answer)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, address: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise refusal(error, str(path), _OPEN_REMEDIES) from error
+        raise refusal(error, f"{address}: opening {path}", _OPEN_REMEDIES) from error

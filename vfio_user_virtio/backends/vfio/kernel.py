@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno as errno_module
 import fcntl
 import os
+import resource
 from typing import TYPE_CHECKING, Final
 
 import cffi
@@ -83,3 +84,14 @@ def malformed(what: str, found: str) -> HostError:
 def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
     """Where `buffer` is in our memory, for the kernel; it must outlive every use of the number."""
     return int(_FFI.cast("uintptr_t", _FFI.from_buffer(buffer)))
+
+
+def locked_memory_remedy(size: int, pinned: int, name: str) -> str:
+    """What to do when `size` bytes cannot be pinned, beside `pinned` that are for `name`."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    return (
+        f"{size} bytes, beside {pinned} that are pinned for {name}, are more than RLIMIT_MEMLOCK "
+        f"({limit}) or the host's memory allows; raise it (LimitMEMLOCK=infinity in the unit, "
+        "ulimit -l unlimited) to the guest's memory and some more"
+    )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from vfio_user_virtio.backends.vfio import sysfs
+from vfio_user_virtio.backends.vfio import discovery, sysfs
 from vfio_user_virtio.backends.vfio.group import group_path, open_by_group
 from vfio_user_virtio.backends.vfio.iommufd import CDEVS, DEV, IOMMUFD, open_by_cdev
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
@@ -87,6 +87,7 @@ def open_function(
     """
     options = options or OpenOptions()
     _check_driver(address, root)
+    _check_group(address, root)
     ways = _offered(address, options, root, dev)
     while True:
         way = ways.pop(0)
@@ -108,6 +109,19 @@ def _check_driver(address: PciAddress, root: Path) -> None:
         raise HostError(
             f"{address} is bound to {bound}, not to vfio-pci; "
             f"bind it: vfio-user-virtio bind {address}",
+            exit_code=os.EX_UNAVAILABLE,
+        )
+
+
+def _check_group(address: PciAddress, root: Path) -> None:
+    """What the kernel says of such a group is another thing by each way, and by none the reason."""
+    group = sysfs.iommu_group(address, root)
+    others = () if group is None else discovery.rivals(address, group, root)
+    if others:
+        names = " ".join(map(str, others))
+        raise HostError(
+            f"{address}: its IOMMU group {group} is not viable, because drivers of the kernel have "
+            f"others of the group; give those to vfio-pci too: vfio-user-virtio bind {names}",
             exit_code=os.EX_UNAVAILABLE,
         )
 
@@ -165,3 +179,31 @@ def _open(
         )
     noiommu = way is Way.NOIOMMU
     return open_by_group(str(address), group, options.vf_token, noiommu=noiommu, dev=dev)
+
+
+def open_pf(
+    address: PciAddress,
+    options: OpenOptions,
+    *,
+    root: Path = sysfs.SYS,
+    dev: Path = DEV,
+) -> OpenedFunction:
+    """Open a PF, and have whoever opens its VFs know `options.vf_token` from now on.
+
+    The token is set when it is open.  Given while opening it replaces that of a process which has
+    the PF, though the opening is then refused (Linux, by device nodes).  Only where VFs are in use
+    it has to be given, and is then compared.  Raises as `open_function`.
+    """
+    try:
+        opened = open_function(address, attrs.evolve(options, vf_token=None), root=root, dev=dev)
+    except KernelRefusal as error:
+        if error.errno != errno.EACCES or options.vf_token is None:
+            raise
+        return open_function(address, options, root=root, dev=dev)
+    if options.vf_token is not None:
+        try:
+            opened.device.set_vf_token(options.vf_token)
+        except HostError:
+            opened.close()
+            raise
+    return opened

@@ -11,12 +11,17 @@ microseconds; what pins memory or resets the device goes to a thread.
 
 from __future__ import annotations
 
+import errno
 import mmap
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from vfio_user_virtio.backends.vfio.kernel import address_of
+from vfio_user_virtio.backends.vfio.kernel import (
+    KernelRefusal,
+    address_of,
+    locked_memory_remedy,
+)
 from vfio_user_virtio.device import IrqAction, IrqFlags, IrqInfo
 from vfio_user_virtio.errors import HostError
 
@@ -82,14 +87,22 @@ class KernelAccess:
             )
         assert mapping.fd is not None
         memory = mmap.mmap(mapping.fd, mapping.size, offset=mapping.offset)
-        await trio.to_thread.run_sync(
-            self._space.map_memory, mapping.iova, mapping.size, mapping.access, address_of(memory)
-        )
+        map_memory = self._space.map_memory
+        arguments = mapping.iova, mapping.size, mapping.access, address_of(memory)
+        try:
+            await trio.to_thread.run_sync(map_memory, *arguments)
+        except KernelRefusal as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            remedy = locked_memory_remedy(mapping.size, 0, self._device.name)
+            raise KernelRefusal(error.errno, f"{error}; {remedy}") from error
         self._mapped[mapping.iova] = memory
 
     async def dma_unmap(self, iova: int, size: int) -> None:
-        self._space.unmap(iova, size)
-        self._mapped.pop(iova)
+        """Nothing if that is not mapped."""
+        if iova in self._mapped:
+            self._space.unmap(iova, size)
+            del self._mapped[iova]
 
     async def reset(self) -> None:
         if self._device.can_reset:

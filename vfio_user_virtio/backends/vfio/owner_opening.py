@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vfio_user_virtio.backends.vfio import binding, discovery, sysfs
-from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function
+from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_pf
 from vfio_user_virtio.backends.vfio.owner import OWNER_IOVA, owned
 from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
 from vfio_user_virtio.errors import HostError
@@ -48,16 +48,10 @@ async def owned_function(
     `vf_token` is what opening its VFs takes from now on, if it has SR-IOV.  `vfs`: have so many
     while it is owned; None: leave their number alone.
     """
-    place = discovery.find_pf(address, root)
-    if place.rivals:
-        names = ", ".join(map(str, place.rivals))
-        raise HostError(
-            f"IOMMU group {place.group} of {address} has functions with drivers of the kernel: "
-            f"{names}; give them to vfio-pci too: vfio-user-virtio bind {names}"
-        )
+    discovery.find_pf(address, root)
     has_vfs = sysfs.sriov(address, root) is not None
     options = OpenOptions(way=way, vf_token=vf_token if has_vfs else None)
-    opened = await trio.to_thread.run_sync(lambda: open_function(address, options, root=root))
+    opened = await trio.to_thread.run_sync(lambda: open_pf(address, options, root=root))
     access = KernelAccess(opened)
     try:
         async with (

@@ -5,13 +5,16 @@ owner, because opening it resets it, then the VFs with the PF's token.  An owner
 parts gives its VFs migration; one that does not, or that a driver of the kernel has, leaves them as
 they are, and the log says what is missing.
 
-The owner may be named; otherwise it is the PF that sysfs names, if vfio-pci holds that.
+The owner may be named; otherwise it is the PF that sysfs names, if vfio-pci holds that.  Whoever
+names a VF token and no owner says that another process has it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import uuid
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +26,8 @@ from vfio_user_virtio.backends.vfio import sysfs
 from vfio_user_virtio.backends.vfio.binding import VFIO_PCI
 from vfio_user_virtio.backends.vfio.function import VfFunction
 from vfio_user_virtio.backends.vfio.iommufd import DEV
-from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function
+from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
+from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function, open_pf
 from vfio_user_virtio.backends.vfio.owner import owned
 from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
 from vfio_user_virtio.backends.vfio.owner_watch import watched
@@ -35,7 +39,7 @@ from vfio_user_virtio.migration.parts_owner import PartsOwner
 from vfio_user_virtio.migration.states import EVERYTHING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from vfio_user_virtio.backends.vfio.opening import OpenedFunction, Way
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from vfio_user_virtio.migration.states import Options
 
 _log: Final = logging.getLogger(__name__)
+
+_IN_USE: Final = frozenset({errno.EBUSY, errno.EINVAL})
+"""By a group, and by a device node."""
 
 
 @attrs.frozen(kw_only=True)
@@ -62,9 +69,10 @@ class VfConfig:
 
 @attrs.frozen(kw_only=True)
 class PhysicalConfig:
-    """VFs of one owner.  `pf`: the PF that we own; None: the VFs' own, if vfio-pci holds it.
+    """VFs of one owner.  `pf`: the PF that we own; None: the VFs' own, if vfio-pci holds it and
+    there is no `vf_token`.
 
-    `vf_token`: the PF's, if another process owns that; ours has one of its own otherwise.
+    `vf_token`: of the PF that another process owns, or that ours is to have; else it has its own.
     `states`: the migration states on offer.  `way`, `unsafe_noiommu`: see `OpenOptions`.
     """
 
@@ -96,7 +104,9 @@ async def physical_functions(
     Raises HostError when one cannot be opened; then none stays open.
     """
     async with contextlib.AsyncExitStack() as stack:
-        pf = config.pf or _vfio_owner(config.vfs, roots)
+        pf = config.pf
+        if pf is None and config.vf_token is None:
+            pf = _vfio_owner(config.vfs, roots)
         token = config.vf_token or uuid.uuid4()
         owner = None if pf is None else await _own(stack, pf, token, config, roots)
         if owner is None:
@@ -142,7 +152,15 @@ async def _own(
     config: PhysicalConfig,
     roots: Roots,
 ) -> PartsOwner:
-    opened = await _open(pf, token, config, roots)
+    try:
+        opened = await _open(pf, token, config, roots, open_pf)
+    except KernelRefusal as error:
+        if error.errno not in _IN_USE:
+            raise
+        raise HostError(
+            f"{error}; or, if it is to own the PF, name the VF token that it has set (--vf-token)",
+            exit_code=os.EX_UNAVAILABLE,
+        ) from error
     access = KernelAccess(opened)
     stack.callback(access.close)
     stack.callback(opened.close)
@@ -156,7 +174,11 @@ async def _own(
 
 
 async def _open(
-    address: PciAddress, token: uuid.UUID, config: PhysicalConfig, roots: Roots
+    address: PciAddress,
+    token: uuid.UUID,
+    config: PhysicalConfig,
+    roots: Roots,
+    open_it: Callable[..., OpenedFunction] = open_function,
 ) -> OpenedFunction:
     options = OpenOptions(
         way=config.way,
@@ -164,7 +186,7 @@ async def _open(
         unsafe_noiommu=config.unsafe_noiommu,
     )
     return await trio.to_thread.run_sync(
-        lambda: open_function(address, options, root=roots.sys, dev=roots.dev)
+        lambda: open_it(address, options, root=roots.sys, dev=roots.dev)
     )
 
 
