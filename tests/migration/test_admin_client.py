@@ -187,3 +187,21 @@ async def test_an_owner_that_is_gone_is_the_hosts_trouble() -> None:
 
     with pytest.raises(HostError, match="gone"):
         await AdminClient(Gone()).execute(mode_set(1, stopped=True))
+
+
+async def test_commands_for_members_wait_while_the_owner_is_brought_up(
+    autojump_clock: object,
+) -> None:
+    """The owner's own do not; and none waits longer than it may take."""
+    queue = Queue(Answer(Status.OK))
+    client = AdminClient(queue)
+    async with trio.open_nursery() as nursery:
+        with client.members_wait():
+            nursery.start_soon(client.execute, mode_set(1, stopped=True))
+            await trio.sleep(1)
+            await client.execute(list_query(GroupType.SR_IOV), 8)
+            assert [command.opcode for command in queue.sent] == [Opcode.LIST_QUERY]
+    assert [command.opcode for command in queue.sent[1:]] == [Opcode.DEV_MODE_SET]
+    with client.members_wait(), pytest.raises(AdminError, match="was not done within"):
+        await client.execute(mode_set(1, stopped=True))
+    await client.execute(mode_set(1, stopped=True))

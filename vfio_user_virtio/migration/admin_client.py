@@ -82,6 +82,8 @@ class AdminClient:
         self._members: dict[tuple[int, int], trio.Lock] = {}
         self._deadlines: dict[int, float] = {}
         """When the request that is being carried out for a member has to be answered."""
+        self._open: trio.Event | None = None
+        """Set when commands for members may be sent again; None while they may."""
 
     @contextlib.contextmanager
     def request(self, member: int) -> Iterator[None]:
@@ -92,6 +94,17 @@ class AdminClient:
         finally:
             del self._deadlines[member]
 
+    @contextlib.contextmanager
+    def members_wait(self) -> Iterator[None]:
+        """Commands for members wait, as long as each may take, while their owner is being brought
+        up again: one that comes before it has been asked what it can do is refused."""
+        self._open = trio.Event()
+        try:
+            yield
+        finally:
+            self._open.set()
+            self._open = None
+
     async def execute(self, command: Command, result_size: int = 0) -> bytes:
         """The result of `command`, of at most `result_size` bytes; it may have padding behind it.
 
@@ -101,6 +114,8 @@ class AdminClient:
         seconds = min(self._seconds, left / 2)
         answer = None
         with trio.move_on_after(seconds):
+            while self._open is not None and command.member_id:
+                await self._open.wait()
             answer = await self._tries(command, result_size)
         if answer is None:
             raise AdminError(

@@ -3,7 +3,8 @@
 A PF that asks for a reset, or that somebody else has reset, serves no migration until it has been
 brought up again.  That is safe at any time: what its reset takes with it, lists and resource
 objects, is gone already or of no use any more, and members keep running.  A migration that was
-under way fails, and the next one finds an owner.
+under way fails; the way back of it, and the next one, find an owner: commands for members wait
+meanwhile.
 """
 
 from __future__ import annotations
@@ -55,22 +56,32 @@ async def keep_up(owner: VfioOwner, parts: PartsOwner) -> HostError:
     Returns, with the reason, when its device is lost: then it has to be closed.
     """
     while True:
-        failure = await owner.until_failure()
+        first = await owner.until_failure()
         pause = limits.MIN_RECOVERY_SECONDS
-        while not owner.lost.is_set():
+        with parts.client.members_wait():  # the first time it is not for long
             await trio.sleep(pause)
+            failure = await _brought_up(owner, parts, first)
+        while failure is not None and not owner.lost.is_set():
             pause = min(2 * pause, limits.MAX_RECOVERY_SECONDS)
-            try:
-                await owner.recover()
-                parts.forget_objects()
-                support = await parts.discover()
-            except HostError as error:
-                if str(error) != str(failure):
-                    _log.warning("%s; the owner is tried again until it is back", error)
-                failure = error
-            else:
-                if support.lack is not None:
-                    _log.warning("%s: its VFs cannot migrate: %s", owner.name, support.lack)
-                break
-        if owner.lost.is_set():
+            await trio.sleep(pause)
+            with parts.client.members_wait():
+                failure = await _brought_up(owner, parts, failure)
+        if failure is not None:
             return failure
+
+
+async def _brought_up(owner: VfioOwner, parts: PartsOwner, before: HostError) -> HostError | None:
+    """Try once; what is wrong, if that did not help.  `before`: what was; it is not told again."""
+    if owner.lost.is_set():
+        return before
+    try:
+        await owner.recover()
+        parts.forget_objects()
+        support = await parts.discover()
+    except HostError as error:
+        if str(error) != str(before):
+            _log.warning("%s; the owner is tried again until it is back", error)
+        return error
+    if support.lack is not None:
+        _log.warning("%s: its VFs cannot migrate: %s", owner.name, support.lack)
+    return None
