@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import struct
@@ -355,6 +356,14 @@ async def test_files_that_are_no_memory(function: VfFunction) -> None:
                 await client.dma_map(DmaMapping(0, 0x1000, READ_WRITE, read_only))
             assert caught.value.errno == errno.EACCES
             await client.dma_map(DmaMapping(0, 0x1000, DmaAccess.READ, read_only))
+            sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+            os.ftruncate(sealed, 0x1000)
+            fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+            with pytest.raises(RemoteError) as caught:
+                await client.dma_map(DmaMapping(0x1000, 0x1000, READ_WRITE, sealed))
+            assert caught.value.errno == errno.EPERM
+            await client.dma_map(DmaMapping(0x1000, 0x1000, DmaAccess.READ, sealed))
+        os.close(sealed)
         os.close(read_only)
         os.close(text)
 
@@ -457,6 +466,7 @@ async def test_the_kernel_wants_the_device_back(
         for eventfd in model.irqs.pop(VfioIrq.REQ):
             os.close(eventfd)
     assert "the kernel wants the device back" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_the_kernel_wants_the_device_back_between_sessions(model: ModelKernel) -> None:

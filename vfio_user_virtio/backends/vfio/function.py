@@ -199,7 +199,8 @@ class VfFunction:
 
     async def release(self) -> None:
         try:
-            await trio.to_thread.run_sync(self._quiet)
+            if not self._device.closed:
+                await trio.to_thread.run_sync(self._quiet)
         finally:
             self._in_session = False
             if self._gone is not None:

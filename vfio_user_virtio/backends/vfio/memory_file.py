@@ -24,6 +24,8 @@ from vfio_user_virtio.errors import ClientError
 if TYPE_CHECKING:
     from vfio_user_virtio.device import DmaMapping
 
+_F_SEAL_FUTURE_WRITE: Final = 0x10  # not in Python's fcntl
+_READ_ONLY: Final = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 _REMEDY: Final = "start the guest with memory-backend-memfd,share=on"
 
 
@@ -31,7 +33,7 @@ def check_memory_file_untrusted(fd: int, mapping: DmaMapping) -> None:
     """Raises ClientError: EINVAL for what is no shared memory, or a range outside of it; EACCES
     if `fd` is not open for what `mapping` allows the device."""
     try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         size = os.fstat(fd).st_size
     except OSError as error:
         raise ClientError(
@@ -45,6 +47,11 @@ def check_memory_file_untrusted(fd: int, mapping: DmaMapping) -> None:
             errno.EACCES,
             f"DMA_MAP: fd {fd} is open with mode {mode}, but {mapping.access!r} is asked; "
             "pass one that is open for reading and writing",
+        )
+    if seals & _READ_ONLY and mapping.access & DmaAccess.WRITE:  # iommufd does not look at that
+        raise ClientError(
+            errno.EPERM,
+            f"DMA_MAP: fd {fd} is sealed against writing (F_SEAL_WRITE); map it for reading only",
         )
     if mapping.offset < 0 or mapping.offset % limits.PAGE_SIZE:
         raise ClientError(
