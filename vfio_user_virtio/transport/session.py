@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from vfio_user_virtio.errors import ClientError, ConnectionLost
+from vfio_user_virtio.errors import ClientError, ConnectionLost, HostError
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, RELEASE_SECONDS
 from vfio_user_virtio.protocol.header import (
     NO_REPLY,
@@ -130,6 +130,9 @@ class Session:
                 await self._end()
         except* ConnectionLost as lost:
             self._over = _first(lost)
+        except* HostError as gone:
+            self._over = f"the device is lost: {_first(gone)}"
+            logger.error("%s: %s", self.name, self._over)  # noqa: TRY400 - no fault of the program
         # A device may fail in any way, and must not take other sessions with it.
         except* Exception as errors:
             self._over = f"the device failed: {_first(errors)}"
