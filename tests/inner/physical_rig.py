@@ -17,6 +17,7 @@ import trio
 from tests.migration.guest_move_network import MAC_HOST, Network
 from tests.migration.guest_move_rig import moving_guest
 from vfio_user_virtio.backends.vfio.opening import Way
+from vfio_user_virtio.backends.vfio.owner import destroy_stale_objects
 from vfio_user_virtio.backends.vfio.physical import PhysicalConfig, VfConfig, physical_functions
 from vfio_user_virtio.backends.vfio.sysfs import PciAddress
 from vfio_user_virtio.migration.migratable_device import MigratableDevice
@@ -28,16 +29,19 @@ from vfio_user_virtio.testing.net_driver import NetDriver
 from vfio_user_virtio.testing.virtio_pci import VirtioPci
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from tests.inner.conftest import InnerFacts
     from tests.migration.guest_move_rig import Rig
     from vfio_user_virtio.device import Device
+    from vfio_user_virtio.migration.member_migration import MemberMigration
     from vfio_user_virtio.migration.states import Options
+    from vfio_user_virtio.transport.client import Client
 
 OWNERS: Final = (("pf1", "a", "b", "peer1"), ("pf2", "c", "peer2"))
 """The functions of the host, in their order: of each owner its PF, and its members from 1 on."""
 PEERS: Final = {"a": "peer1", "b": "peer1", "c": "peer2"}
+BOTH: Final = (EVERYTHING, EVERYTHING)
 RAM: Final = 2 << 20
 RX_BUFFERS: Final = 32
 
@@ -48,28 +52,31 @@ def addresses(inner: InnerFacts) -> dict[str, PciAddress]:
     return dict(zip(names, found, strict=True))
 
 
-def config_of(inner: InnerFacts, way: str, number: int, **options: object) -> PhysicalConfig:
-    """The VFs of owner `number`, from 0."""
+def config_of(
+    inner: InnerFacts, way: str, names: Sequence[str], **options: object
+) -> PhysicalConfig:
+    """The VFs called `names`, which are of one owner."""
     where = addresses(inner)
-    pf, *members = OWNERS[number]
-    vfs = [VfConfig(address=where[name], member_id=n) for n, name in enumerate(members, 1)]
+    pf, *members = next(owner for owner in OWNERS if names[0] in owner)
+    vfs = [VfConfig(address=where[name], member_id=members.index(name) + 1) for name in names]
     given = {"pf": where[pf], "vfs": tuple(vfs), "way": Way[way.upper()]} | options
     return PhysicalConfig(**given)  # type: ignore[arg-type]  # passed on
 
 
 @contextlib.asynccontextmanager
 async def physical_devices(
-    inner: InnerFacts, way: str, options: tuple[Options, Options] = (EVERYTHING, EVERYTHING)
+    inner: InnerFacts, way: str, names: Sequence[str], options: Sequence[Options] = BOTH
 ) -> AsyncIterator[dict[str, MigratableDevice]]:
-    """All members by name; `options`: the migration states of those of either owner."""
+    """The members called `names`; `options`: the migration states of those of each owner."""
     async with contextlib.AsyncExitStack() as stack:
         found: dict[str, MigratableDevice] = {}
-        for number, states in enumerate(options):
-            config = config_of(inner, way, number, states=states)
-            devices = await stack.enter_async_context(physical_functions(config))
-            for name, device in zip(OWNERS[number][1:], devices, strict=True):
-                assert isinstance(device, MigratableDevice)
-                found[name] = device
+        for owner, states in zip(OWNERS, options, strict=True):
+            if its := [name for name in names if name in owner]:
+                config = config_of(inner, way, its, states=states)
+                devices = await stack.enter_async_context(physical_functions(config))
+                for name, device in zip(its, devices, strict=True):
+                    assert isinstance(device, MigratableDevice)
+                    found[name] = device
         yield found
 
 
@@ -83,15 +90,30 @@ async def place(device: Device) -> AsyncIterator[Place]:
             yield made
 
 
+@attrs.frozen
+class Guest:
+    """A guest of one VF that stays there."""
+
+    client: Client
+    memory: GuestRam
+    driver: NetDriver
+
+
 @contextlib.asynccontextmanager
-async def started_driver(device: Device) -> AsyncIterator[NetDriver]:
+async def started_guest(device: Device) -> AsyncIterator[Guest]:
     """A guest of `device` whose driver is up."""
     async with place(device) as made:
         pci = await VirtioPci.open(made.client)
         with contextlib.closing(pci):
             driver = NetDriver(pci, made.memory, rx_buffers=RX_BUFFERS)
             await driver.start()
-            yield driver
+            yield Guest(made.client, made.memory, driver)
+
+
+async def left_at_owner(migration: MemberMigration) -> int:
+    """How many objects of an idle member are left, here or at its owner."""
+    owner, member = migration._owner, migration._member
+    return owner.objects_in_use + await destroy_stale_objects(owner.client, (member,), range(2))
 
 
 class PeerHost(Network):
@@ -139,16 +161,24 @@ async def physical_rig(
     inner: InnerFacts,
     way: str,
     servers: str = "ac",
-    options: tuple[Options, Options] = (EVERYTHING, EVERYTHING),
+    options: Sequence[Options] = BOTH,
+    *,
+    more: str = "",
     **driver: object,
 ) -> AsyncIterator[PhysicalRig]:
-    """A guest on the first of two `servers`; not started.  `options`: as `physical_devices`."""
+    """A guest on the first of two `servers`; not started.
+
+    `options`: as `physical_devices`.  `more`: VFs to be opened as well.
+    """
+    peers = sorted({PEERS[server] for server in servers})
     async with contextlib.AsyncExitStack() as stack:
-        devices = await stack.enter_async_context(physical_devices(inner, way, options))
+        found = physical_devices(inner, way, [*servers, *peers, *more], options)
+        devices = await stack.enter_async_context(found)
         drivers = {}
-        for name in sorted({PEERS[server] for server in servers}):
-            drivers[name] = await stack.enter_async_context(started_driver(devices[name]))
-            await drivers[name].control.set_mac(MAC_HOST)
+        for name in peers:
+            peer = await stack.enter_async_context(started_guest(devices[name]))
+            await peer.driver.control.set_mac(MAC_HOST)
+            drivers[name] = peer.driver
         places = {name: await stack.enter_async_context(place(devices[name])) for name in servers}
         made = moving_guest(PeerHost(drivers), places, RAM, {"rx_buffers": RX_BUFFERS} | driver)
         yield PhysicalRig(await stack.enter_async_context(made), devices)
