@@ -11,7 +11,7 @@ import trio
 
 from tests.backends.owner_function_rig import PF_MAC, Pf
 from vfio_user_virtio import limits
-from vfio_user_virtio.backends.software.admin_queue import DeviceTiming
+from vfio_user_virtio.backends.software.admin_queue import DeviceTiming, SoftwareAdminQueue
 from vfio_user_virtio.backends.software.owner_function_config import ADMIN_QUEUE
 from vfio_user_virtio.errors import RemoteError
 from vfio_user_virtio.testing.driver_queue import DriverQueue
@@ -26,6 +26,7 @@ from vfio_user_virtio.virtio.admin import (
     Status,
     decode_answer_untrusted,
     decode_bits_untrusted,
+    decode_command_untrusted,
     encode_command,
 )
 from vfio_user_virtio.virtio.common_config import Status as DeviceStatus
@@ -187,6 +188,27 @@ async def test_commands_for_two_members_at_the_same_time(
             ends += [round(trio.current_time() - start)] * len(driver.queue.collect())
             driver.queue.enable_interrupts()
         assert ends == [1, 1, 2, 2, 3]
+
+
+async def test_commands_begin_in_the_order_of_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    execute = SoftwareAdminQueue.execute
+
+    async def watched(queue: SoftwareAdminQueue, readable: bytes, writable: int) -> bytes:
+        begun.append(decode_command_untrusted(readable).member_id)
+        return await execute(queue, readable, writable)
+
+    monkeypatch.setattr(SoftwareAdminQueue, "execute", watched)
+    count = limits.ADMIN_QUEUE_DEPTH // 2
+    async with a_driver() as driver:
+        await driver.start()
+        for member in range(count):  # known or not: both are answered
+            driver.add(encode_command(commands.mode_set(member, stopped=False)), 8)
+        driver.queue.publish()
+        await driver.pci.notify(ADMIN_QUEUE)
+        while len(begun) < count:
+            await trio.lowlevel.checkpoint()
+    assert begun == list(range(count))
 
 
 async def test_a_reset_ends_what_is_under_way(autojump_clock: trio.testing.MockClock) -> None:
