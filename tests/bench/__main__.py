@@ -77,7 +77,7 @@ async def measure(names: Sequence[str], effort: Effort) -> list[Figure]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--quick", action="store_true", help="fewer samples, about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer samples, about two minutes")
     parser.add_argument(
         "--pin", action="store_true", help="give the vCPU and the server a processor each"
     )
