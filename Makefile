@@ -45,7 +45,7 @@ unit: setup
 e2e: setup inner-kernel
 	$(PYTHON) -m pytest -m e2e tests
 
-bench: setup
+bench: setup inner-kernel
 	$(PYTHON) -m tests.bench $(BENCH)
 
 clean:
