@@ -21,6 +21,7 @@ help:
 setup:
 	@PYTHONPATH=. python3 -m tests.testbed.environment
 	@PYTHONPATH=. python3 -m tests.testbed.provision
+	@PYTHONPATH=. python3 -m tests.testbed.varlinkctl
 
 # For the tests of kernel VFIO: built once, which takes some minutes.
 inner-kernel: setup

@@ -59,13 +59,10 @@ async def _watch(path: str) -> None:
             print(*picture(path, before, await status.read(control)), sep="\n")
             return
         with _terminal():
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_wait_for_quit, nursery.cancel_scope)
-                while True:
-                    await trio.sleep(INTERVAL)
-                    after = await status.read(control)
-                    _show(picture(path, before, after))
-                    before = after
+            while not await _asked_to_quit(INTERVAL):
+                after = await status.read(control)
+                _show(picture(path, before, after))
+                before = after
 
 
 def picture(path: str, before: Sequence[Seen], after: Sequence[Seen]) -> Iterator[str]:
@@ -126,14 +123,16 @@ def _terminal() -> Iterator[None]:
 def _show(lines: Iterator[str]) -> None:
     width, height = shutil.get_terminal_size()
     shown = [line[:width] + _CLEAR_LINE for line in list(lines)[:height]]
-    sys.stdout.write(_HOME + "\r\n".join(shown) + _CLEAR_BELOW)
+    sys.stdout.write(_HOME + "\n".join(shown) + _CLEAR_BELOW)
     sys.stdout.flush()
 
 
-async def _wait_for_quit(scope: trio.CancelScope) -> None:
-    while True:
-        await trio.lowlevel.wait_readable(sys.stdin)
-        key = os.read(sys.stdin.fileno(), 1)
-        if not key or key in _QUIT:
-            scope.cancel()
-            return
+async def _asked_to_quit(seconds: float) -> bool:
+    """Whether somebody presses a key for that, so long."""
+    with trio.move_on_after(seconds):
+        while True:
+            await trio.lowlevel.wait_readable(sys.stdin)
+            key = os.read(sys.stdin.fileno(), 1)
+            if not key or key in _QUIT:
+                return True
+    return False
