@@ -214,11 +214,11 @@ async def test_the_owner_is_lost(
 
 
 async def test_a_vf_is_removed(
-    inner: InnerFacts, way: str, caplog: pytest.LogCaptureFixture
+    inner: InnerFacts, best_way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its session ends, those of other VFs go on, and when it is back it can be had again."""
     address = addresses(inner)["a"]
-    async with physical_devices(inner, way, ("a", "b", "peer1")) as devices:
+    async with physical_devices(inner, best_way, ("a", "b", "peer1")) as devices:
         async with (
             started_guest(devices["peer1"]) as peer,
             started_guest(devices["b"]) as other,
@@ -240,7 +240,7 @@ async def test_a_vf_is_removed(
     await write(sysfs.SYS / "bus/pci/rescan", "1")
     binding.execute(binding.bind(address))
     async with (
-        physical_devices(inner, way, ("a", "peer1")) as devices,
+        physical_devices(inner, best_way, ("a", "peer1")) as devices,
         started_guest(devices["a"]) as guest,
         started_guest(devices["peer1"]) as peer,
     ):

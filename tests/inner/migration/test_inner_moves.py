@@ -95,7 +95,7 @@ async def test_states_that_servers_have(
 async def test_moves_that_fail(inner: InnerFacts, best_way: str) -> None:
     """At any step: the guest goes on where it was, and moves later.  If the target's client goes it
     goes on too; if its own does, it is over, and neither VF runs."""
-    async with physical_rig(inner, best_way) as made:
+    async with physical_rig(inner, best_way, more="b") as made:
         rig = made.rig
         await rig.start()
         for server, side, states in (
