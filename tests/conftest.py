@@ -12,7 +12,10 @@ import hypothesis
 import pytest
 
 from tests.testbed.bed import Bed, TestbedMissing
+from tests.testbed.engines import ENGINES, LIBVFIO_USER, departure, libvfio_user_sessions
 from tests.testbed.netns import NoNamespaces, open_netns, unshare_options
+from vfio_user_virtio.libvfio_user import LibraryError
+from vfio_user_virtio.testing import loopback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator
@@ -80,3 +83,18 @@ def pytest_runtest_makereport(
             text = path.read_bytes()[-LOG_BYTES:].decode(errors="replace")
             report.sections.append((str(path.relative_to(folder)), text))
     return report
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which engine serves; a test that takes it runs once with each, if they are there."""
+    name: str = request.param
+    if name == LIBVFIO_USER:
+        try:
+            monkeypatch.setattr(loopback, "make_session", libvfio_user_sessions())
+        except LibraryError as error:
+            pytest.skip(str(error))
+        if found := departure(request.node.name):
+            mark = pytest.mark.xfail(reason=found.why, run=found.run, strict=True)
+            request.applymarker(mark)
+    return name

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.member import Member
     from vfio_user_virtio.transport.client import Client
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 GET, SET, PROBE = FeatureOperation.GET, FeatureOperation.SET, FeatureOperation.PROBE
 RAM = 1 << 20
 

@@ -37,6 +37,8 @@ from vfio_user_virtio.virtio.common_config import Status
 from vfio_user_virtio.virtio.features import Feature, feature_names, mask_of
 from vfio_user_virtio.virtio.net_config import NetStatus
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 # --- features -----------------------------------------------------------------------------------
 
 

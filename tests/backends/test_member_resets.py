@@ -19,6 +19,8 @@ from vfio_user_virtio.testing.virtio_pci import Register
 from vfio_user_virtio.virtio.common_config import Status
 from vfio_user_virtio.virtio.features import Feature
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 async def test_a_driver_may_come_and_go() -> None:
     async with guests(*configs(MAC_A, MAC_B)) as (a, b):

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tests.virtio.rings import AVAIL, BUFFERS, DESC, NEXT, USED, WRITE, FastRing
 from vfio_user_virtio.backends.software.receiver import LARGEST, Receiver
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 SIZE = 8
 IOV_MAX = 1024
 

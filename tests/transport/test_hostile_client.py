@@ -37,6 +37,8 @@ from vfio_user_virtio.protocol.version import Version, decode_version_reply_untr
 if TYPE_CHECKING:
     from tests.transport.served import RawClient
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 U32_MAX: Final = (1 << 32) - 1
 U64_MAX: Final = (1 << 64) - 1
 

@@ -26,6 +26,8 @@ from vfio_user_virtio.limits import (
 )
 from vfio_user_virtio.protocol.header import Command
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 U32_MAX: Final = (1 << 32) - 1
 U64_MAX: Final = (1 << 64) - 1
 

@@ -42,6 +42,8 @@ from vfio_user_virtio.protocol.header import HEADER_SIZE
 from vfio_user_virtio.transport.client import PROPOSAL
 from vfio_user_virtio.transport.session_state import SessionState
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 BOTH = DmaAccess.READ | DmaAccess.WRITE
 
 

@@ -1,12 +1,13 @@
 """The next message of a connection, seen before libvfio-user takes it: MSG_PEEK, fds and all.
 
 Why the engine looks first: the library hands out neither the descriptors that come with DMA_MAP and
-DEVICE_SET_IRQS nor any news of DMA logging; it waits in the middle of a message that has not come
-whole, or loses its place; and some messages it does not survive.  A peek gives the engine copies of
-the descriptors of its own, and costs one system call.
+DEVICE_SET_IRQS nor any news of DMA logging, and some messages it does not survive.  A peek gives
+the engine copies of the descriptors of its own, and costs one system call.
 
-A message is given out only when all of it is there, so that the library, which asks the kernel for
-header and body separately, gets both.
+Those few commands are small, and are given out when all of them is there.  Of any other only the
+header is looked at.  The library asks the kernel for header and body separately and takes what is
+there of the body for all of it; SO_RCVLOWAT makes that call wait for the whole, which may be larger
+than a socket can hold.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from vfio_user_virtio.errors import ConnectionLost
-from vfio_user_virtio.limits import MAX_ANCILLARY_FDS
+from vfio_user_virtio.limits import KIB, MAX_ANCILLARY_FDS
 from vfio_user_virtio.protocol.header import (
-    COMMANDS_WITH_FDS,
     HEADER_SIZE,
     NO_REPLY,
     REPLY,
@@ -34,6 +34,7 @@ from vfio_user_virtio.protocol.header import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import TracebackType
     from typing import Self
 
@@ -42,16 +43,26 @@ _SO_PEEK_OFF: Final = 42
 """Where a peek starts (asm-generic/socket.h), -1: at the next byte to be read."""
 
 _FD_SIZE: Final = array.array("i").itemsize
+_WHOLE: Final = (1 << 31) - 1
+"""For SO_RCVLOWAT: as much as is asked for."""
+
+_MAX_WANTED: Final = 64 * KIB
+"""Larger than any message of those that are looked at, and less than a socket holds."""
+
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_ANCILLARY_FDS * _FD_SIZE)
 
 
 @attrs.define
 class Message:
-    """A message that is still in the socket.  A context manager, which closes unclaimed `fds`."""
+    """A message that is still in the socket.  A context manager, which closes unclaimed `fds`.
+
+    `size` is that of the whole message in bytes; the `payload` is empty unless it was wanted.
+    """
 
     message_id: int
     command: int
     flags: int
+    size: int
     payload: bytes
     fds: list[int]
 
@@ -72,10 +83,6 @@ class Message:
         fds, self.fds = self.fds, []
         return fds
 
-    @property
-    def size(self) -> int:
-        return HEADER_SIZE + len(self.payload)
-
 
 @attrs.frozen
 class Incomplete:
@@ -84,10 +91,17 @@ class Incomplete:
     size: int
 
 
-def peek(sock: socket.socket) -> Message | Incomplete | None:
+def prepare(sock: socket.socket) -> None:
+    """Make `sock` what the library takes it for."""
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WHOLE)
+
+
+def peek(sock: socket.socket, wanted: Collection[int]) -> Message | Incomplete | None:
     """What comes next on `sock`; None when nothing has come.  Does not wait.
 
-    Raises ConnectionLost when the peer has gone, or what comes is no message.
+    The payloads of the commands in `wanted` are given out, and their fds.  Raises ConnectionLost
+    when the peer has gone, or what comes is no message.
     """
     try:
         head = sock.recv(HEADER_SIZE, _PEEK)
@@ -102,19 +116,20 @@ def peek(sock: socket.socket) -> Message | Incomplete | None:
     header = decode_header_untrusted(head)
     if header.flags & TYPE_MASK == REPLY:
         raise ConnectionLost("a reply came, which answers nothing that was asked")
+    message = Message(
+        header.message_id, header.command, header.flags, header.size, payload=b"", fds=[]
+    )
+    if header.command not in wanted:
+        return message
+    if header.size > _MAX_WANTED:
+        return message  # without a payload it will be refused
     (queued,) = array.array("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(_FD_SIZE)))
     if queued < header.size:
         return _incomplete(sock, queued)
-    fds: list[int] = []
-    if header.command in COMMANDS_WITH_FDS:
-        data = _peek_with_fds(sock, header.size, fds)
-    else:
-        data = sock.recv(header.size, _PEEK)
-    if len(data) < header.size:  # a peek ends after data that brought fds, wanted or not
+    data = _peek_with_fds(sock, header.size, message.fds)
+    if len(data) < header.size:  # a peek ends after data that brought fds
         data += _peek_at(sock, len(data), header.size - len(data))
-    message = Message(
-        header.message_id, header.command, header.flags, data[HEADER_SIZE : header.size], fds
-    )
+    message.payload = data[HEADER_SIZE:]
     if len(data) < header.size:
         with message:
             raise ConnectionLost(f"a message of {header.size} bytes has fds in its middle")
@@ -152,14 +167,14 @@ def _peek_at(sock: socket.socket, offset: int, size: int) -> bytes:
 
 
 def take(sock: socket.socket, message: Message) -> None:
-    """Read `message` off the socket, in the library's stead; its fds there are closed."""
+    """Read `message` off the socket, in the library's stead; its fds there are closed.  Waits."""
     missing = message.size
-    while missing:
-        missing -= len(sock.recv(missing, socket.MSG_DONTWAIT))
+    while missing and (piece := sock.recv(min(missing, _MAX_WANTED))):
+        missing -= len(piece)
 
 
 def refuse(sock: socket.socket, message: Message, errno: int) -> None:
-    """Take `message` off the socket and answer it with an error.  Waits for room to send.
+    """Take `message` off the socket and answer it with an error.  Waits for it, and for room.
 
     Raises ConnectionLost.
     """

@@ -6,6 +6,7 @@ The library keeps nothing of the device: the configuration space too is the devi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vfio_user_virtio.device import FeatureOperation, RegionFlags
@@ -85,8 +86,8 @@ def _describe_region(context: Context, device: Device, answers: Answers, index: 
     context.setup_region(
         index,
         info.size,
-        read=lambda offset, count: answers.region_read(index, offset, count),
-        write=lambda offset, data: answers.region_write(index, offset, data),
+        read=partial(answers.region_read, index) if info.flags & RegionFlags.READ else None,
+        write=partial(answers.region_write, index) if info.flags & RegionFlags.WRITE else None,
         flags=flags,
         areas=[(area.offset, area.size) for area in info.areas] if mapped else (),
         fd=info.fd if mapped else None,

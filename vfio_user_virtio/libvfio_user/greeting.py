@@ -14,6 +14,7 @@ The library never waits here: all that it reads is there before it is asked to.
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import tempfile
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio.errors import ConnectionLost
-from vfio_user_virtio.libvfio_user.arrival import take
+from vfio_user_virtio.libvfio_user.arrival import refuse, take
 from vfio_user_virtio.libvfio_user.context import Context
-from vfio_user_virtio.limits import MAX_VERSION_JSON
-from vfio_user_virtio.protocol.header import HEADER_SIZE, Command, encode_command
+from vfio_user_virtio.protocol.header import Command, encode_command
+from vfio_user_virtio.protocol.version import decode_version_request_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from vfio_user_virtio.libvfio_user.arrival import Message
     from vfio_user_virtio.libvfio_user.library import Library
 
-_VERSION_SIZE: Final = 4
-_MAX_GREETING: Final = HEADER_SIZE + _VERSION_SIZE + MAX_VERSION_JSON
 _MAX_ANSWER: Final = 4096
 _FD_SIZE: Final = array.array("i").itemsize
 
@@ -55,11 +54,7 @@ def greet(context: Context, path: str, sock: socket.socket, message: Message) ->
 
     Raises ConnectionLost, also when the library refuses, which the client has been told then.
     """
-    if message.command != Command.VERSION or message.size > _MAX_GREETING:
-        raise ConnectionLost(
-            f"the first message is command {message.command} with {len(message.payload)} bytes, "
-            f"not a VERSION of at most {_MAX_GREETING - HEADER_SIZE}"
-        )
+    _check_greeting(sock, message)
     take(sock, message)
     with socket.socket(socket.AF_UNIX) as stand_in:
         stand_in.connect(path)
@@ -73,6 +68,25 @@ def greet(context: Context, path: str, sock: socket.socket, message: Message) ->
         if refusal is not None:
             raise ConnectionLost(f"libvfio-user refuses VERSION: {refusal.strerror}")
         os.dup2(sock.fileno(), context.poll_fd, inheritable=False)
+
+
+def _check_greeting(sock: socket.socket, message: Message) -> None:
+    """Refuse what is no VERSION, as the native engine does; the library only sees sound ones."""
+    try:
+        _decode_greeting_untrusted(message)
+    except ConnectionLost as lost:
+        refuse(sock, message, lost.reply_errno)
+        raise
+
+
+def _decode_greeting_untrusted(message: Message) -> None:
+    if message.command != Command.VERSION or message.flags:
+        raise ConnectionLost(
+            f"the first message is command {message.command} with flags {message.flags:#x}, "
+            "not VERSION with a reply",
+            reply_errno=errno.EINVAL,
+        )
+    decode_version_request_untrusted(message.payload, len(message.fds))
 
 
 def _pass_on(stand_in: socket.socket, sock: socket.socket) -> None:

@@ -32,6 +32,7 @@ from vfio_user_virtio.errors import ClientError
 from vfio_user_virtio.eventfd import check_eventfd_untrusted
 from vfio_user_virtio.libvfio_user.declarations import MigrationState, Protection, ResetKind
 from vfio_user_virtio.libvfio_user.dirty_runs import runs
+from vfio_user_virtio.limits import MAX_DATA_XFER_SIZE
 from vfio_user_virtio.protocol import migration as wire
 from vfio_user_virtio.protocol.dma import (
     decode_dma_map_request_untrusted,
@@ -48,11 +49,12 @@ from vfio_user_virtio.protocol.feature import (
     FeatureRequest,
     decode_feature_request_untrusted,
 )
-from vfio_user_virtio.protocol.header import Command
+from vfio_user_virtio.protocol.header import HEADER_SIZE, Command
 from vfio_user_virtio.protocol.irq import check_irq_range, decode_set_irqs_request_untrusted
+from vfio_user_virtio.protocol.region import REGION_ACCESS_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
     from vfio_user_virtio.device import Device, IrqRequest
     from vfio_user_virtio.libvfio_user.arrival import Message
@@ -74,6 +76,9 @@ _STOPPED: Final = frozenset({MigrationState.STOP, MigrationState.STOP_AND_COPY})
 _LOGGING: Final = frozenset(
     {Feature.DMA_LOGGING_START, Feature.DMA_LOGGING_STOP, Feature.DMA_LOGGING_REPORT}
 )
+_MAX_MESSAGE_SIZE: Final = HEADER_SIZE + REGION_ACCESS_SIZE + MAX_DATA_XFER_SIZE
+"""SERVER_MAX_MSG_SIZE."""
+
 _GET: Final = FeatureOperation.GET
 _SET: Final = FeatureOperation.SET
 
@@ -97,7 +102,6 @@ class DeviceProxy:
             Command.DEVICE_SET_IRQS: self._set_irqs,
             Command.DEVICE_FEATURE: self._feature,
             Command.MIG_DATA_READ: self._data_read,
-            Command.MIG_DATA_WRITE: self._data_write,
         }
 
     def serve(self, context: Context) -> None:
@@ -159,11 +163,22 @@ class DeviceProxy:
 
     # --- before and after the library answers ---------------------------------------------------
 
+    @property
+    def wanted(self) -> Collection[int]:
+        """The commands that `prepare` has to see whole."""
+        return self._preparations.keys()
+
     def prepare(self, message: Message) -> None:
         """Do what the device has to before the library takes `message`.
 
         Raises ClientError: then the library must not have it.
         """
+        if message.size > _MAX_MESSAGE_SIZE:
+            raise ClientError(
+                errno.EINVAL,
+                f"a message of {message.size} bytes; libvfio-user takes {_MAX_MESSAGE_SIZE}, and "
+                "of larger ones only the head",
+            )
         preparation = self._preparations.get(message.command)
         if preparation is not None:
             preparation(message)
@@ -192,10 +207,12 @@ class DeviceProxy:
         if not page_size or self._library_refuses():
             return
         report = LoggingReport(request.iova, request.size, page_size)
-        if self._has_report(report):  # after the last write to what was mapped
+        if self._has_report(report):
+            if self._regions[request.iova][0] != request.size:  # only after it has cleared the bits
+                raise ClientError(errno.ENOENT, "libvfio-user drops whole mappings only")
             trio.from_thread.run(self._device.dma_unmap, request.iova, request.size)
             self._gone = request.iova
-            self._hand_over(report)
+            self._hand_over(report)  # after the last write to what was mapped
 
     def _set_irqs(self, message: Message) -> None:
         request = decode_set_irqs_request_untrusted(message.payload, message.fds)
@@ -237,7 +254,8 @@ class DeviceProxy:
 
     def _has_report(self, report: LoggingReport) -> bool:
         """Whether the library will make this report; one that it cannot make is refused."""
-        if not self._page_size or self._regions.get(report.iova) != (report.length, True):
+        size, mapped = self._regions.get(report.iova, (0, False))
+        if not self._page_size or not mapped or report.length > size:
             return False
         if report.page_size != self._page_size:
             raise ClientError(
@@ -264,9 +282,6 @@ class DeviceProxy:
 
     def _data_read(self, message: Message) -> None:
         wire.decode_migration_read_request_untrusted(message.payload)
-
-    def _data_write(self, message: Message) -> None:
-        wire.decode_migration_write_request_untrusted(message.payload)
 
 
 def _is_injection(request: IrqRequest) -> bool:

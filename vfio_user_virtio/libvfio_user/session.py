@@ -24,7 +24,7 @@ RESET leads back to RUNNING           resets the device, and the library stays i
                                       and migration
 VERSION with max_dma_maps, pgsizes    neither; any client page size but the host's is refused
 DMA_UNMAP of many mappings at once    only exactly one, or all by flag; else ENOENT
-dirty pages of any range and page     of exactly one mapping, in pages of the size that
+dirty pages of any range and page     from the start of one mapping, in pages of the size that
 size                                  DMA_LOGGING_START named; else ENOTSUP
 IRQ flags                             EVENTFD alone is shown
 fds where none belong: EINVAL         closed, the command is carried out
@@ -51,12 +51,13 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vfio_user_virtio.errors import ClientError, ConnectionLost, RemoteError
-from vfio_user_virtio.libvfio_user.arrival import Incomplete, Message, peek, refuse
+from vfio_user_virtio.libvfio_user.arrival import Incomplete, Message, peek, prepare, refuse
 from vfio_user_virtio.libvfio_user.declarations import LogLevel
 from vfio_user_virtio.libvfio_user.description import can_migrate, describe
 from vfio_user_virtio.libvfio_user.greeting import greet, listening_context
 from vfio_user_virtio.libvfio_user.proxy import DeviceProxy
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, PARTIAL_MESSAGE_SECONDS, RELEASE_SECONDS
+from vfio_user_virtio.protocol.header import Command
 
 if TYPE_CHECKING:
     from vfio_user_virtio.device import Device
@@ -67,6 +68,9 @@ _log: Final = logging.getLogger(__name__)
 
 _BATCH: Final = 64
 """Messages in a row that the thread answers before the device does the work that arose."""
+
+_FIRST: Final = frozenset(Command)
+"""Whatever comes first is looked at whole."""
 
 _REST_SECONDS: Final = 0.001
 """How often to look for the rest of a message: there is no event for it."""
@@ -82,7 +86,7 @@ class LibvfioUserSession:
         self._library = library
         self._device = device
         self._socket = sock
-        sock.setblocking(True)  # for the library; whoever waits here says so
+        prepare(sock)
         self._proxy = DeviceProxy(device, name)
         self._context: Context | None = None
         self._thread = trio.CapacityLimiter(1)
@@ -123,7 +127,7 @@ class LibvfioUserSession:
         """The client's first message.  Raises ConnectionLost."""
         with trio.move_on_after(HANDSHAKE_SECONDS):
             await trio.lowlevel.wait_readable(self._socket)
-            while not isinstance(found := peek(self._socket), Message):  # noqa: ASYNC110 - no event
+            while not isinstance(found := peek(self._socket, _FIRST), Message):  # noqa: ASYNC110 - no event
                 await trio.sleep(_REST_SECONDS)
             return found
         raise ConnectionLost(f"no complete VERSION within {HANDSHAKE_SECONDS:g} s")
@@ -139,7 +143,7 @@ class LibvfioUserSession:
 
     async def _rest_of_message(self) -> None:
         with trio.move_on_after(PARTIAL_MESSAGE_SECONDS):
-            while isinstance(found := peek(self._socket), Incomplete):  # noqa: ASYNC110 - as above
+            while isinstance(found := peek(self._socket, self._proxy.wanted), Incomplete):  # noqa: ASYNC110 - as above
                 await trio.sleep(_REST_SECONDS)
             if found is not None:
                 with found:
@@ -173,16 +177,16 @@ class LibvfioUserSession:
     def _answer_all(self, context: Context) -> bool:
         """Let the library answer what is there; whether the next message has begun to come."""
         for _ in range(_BATCH):
-            message = peek(self._socket)
+            message = peek(self._socket, self._proxy.wanted)
             if not isinstance(message, Message):
                 return message is not None
-            with message:
-                self._answer(context, message)
+            self._answer(context, message)
         return False
 
     def _answer(self, context: Context, message: Message) -> None:
         try:
-            self._proxy.prepare(message)
+            with message:
+                self._proxy.prepare(message)
         except ClientError as error:
             _log.debug("%s: refused command %d: %s", self.name, message.command, error)
             refuse(self._socket, message, error.errno)
