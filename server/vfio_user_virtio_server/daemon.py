@@ -108,7 +108,7 @@ async def _main(
                         outer.start_soon(owner.run)
                         devices += await _devices(config, owner)
                     else:
-                        devices += await _open_physical(config, physical)
+                        devices += await _open_physical(config, physical, control is not None)
                 watchers: list[Watcher] = [_nobody] * len(devices)
                 if control is not None:
                     watchers = _start_control(outer, control, everything, devices)
@@ -136,11 +136,12 @@ async def _main(
 
 
 async def _open_physical(
-    config: PhysicalOwnerConfig, physical: contextlib.AsyncExitStack
+    config: PhysicalOwnerConfig, physical: contextlib.AsyncExitStack, sees_memory: bool
 ) -> list[Device]:
     from vfio_user_virtio.backends.vfio.physical import physical_functions
 
-    return await physical.enter_async_context(physical_functions(config.physical))
+    wanted = attrs.evolve(config.physical, sees_memory=sees_memory)
+    return await physical.enter_async_context(physical_functions(wanted))
 
 
 async def _devices(config: OwnerConfig, owner: Owner) -> list[Device]:

@@ -40,6 +40,7 @@ from vfio_user_virtio.backends.vfio.dma import ClientMemory
 from vfio_user_virtio.backends.vfio.dma_logging import VfLogging
 from vfio_user_virtio.backends.vfio.interrupts import ClientInterrupts
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
+from vfio_user_virtio.backends.vfio.operator import VfOperator
 from vfio_user_virtio.device import (
     DeviceFlags,
     DeviceInfo,
@@ -79,11 +80,17 @@ class VfFunction:
     """The function that `opened` is, which this object owns.
 
     `map_bars`: whether clients may map what can be mapped; `trapped` is left out of that, beside
-    the MSI-X table.  Raises HostError for a function whose configuration space makes no sense.
+    the MSI-X table.  `sees_memory`: clients' memory is mapped here too, for who moves guests.
+    Raises HostError for a function whose configuration space makes no sense.
     """
 
     def __init__(
-        self, opened: OpenedFunction, *, map_bars: bool = True, trapped: Sequence[Hole] = ()
+        self,
+        opened: OpenedFunction,
+        *,
+        map_bars: bool = True,
+        trapped: Sequence[Hole] = (),
+        sees_memory: bool = False,
     ) -> None:
         device = opened.device
         self.name: Final = device.name
@@ -98,6 +105,7 @@ class VfFunction:
         self._interrupts: Final = ClientInterrupts(device)
         self.memory: Final = ClientMemory(opened.space, self.name)
         self.logging: Final = VfLogging(self.name, self.memory, opened.space)
+        self.operator: Final = VfOperator(self.name, self.memory, sees_memory=sees_memory)
         self._in_session = False
         """Something may be under way on the descriptors: whoever releases the device closes it."""
         self._gone: str | None = None
@@ -162,11 +170,15 @@ class VfFunction:
             self._interrupts.set_irqs(request)
 
     async def dma_map(self, mapping: DmaMapping) -> None:
-        with self._answering(() if mapping.fd is None else (mapping.fd,)):
+        with (
+            self._answering(() if mapping.fd is None else (mapping.fd,)),
+            self.operator.mapping(mapping),
+        ):
             await self.memory.map_untrusted(mapping)
 
     async def dma_unmap(self, iova: int, size: int) -> None:
         await self.memory.unmap_untrusted(iova, size)
+        self.operator.unmapped(iova, size)
 
     async def reset(self, cause: ResetCause) -> None:
         _log.debug("%s: reset: %s", self.name, cause.value)
@@ -194,6 +206,7 @@ class VfFunction:
 
     async def serve(self, memory: RemoteMemory) -> None:
         """Raises HostError when the kernel wants the device back."""
+        self.operator.session_begins(memory)
         await self._goes.wait()
         raise HostError(str(self._gone), exit_code=os.EX_UNAVAILABLE)
 
@@ -203,6 +216,7 @@ class VfFunction:
                 await trio.to_thread.run_sync(self._quiet)
         finally:
             self._in_session = False
+            self.operator.session_ends()
             if self._gone is not None:
                 self._opened.close()
 

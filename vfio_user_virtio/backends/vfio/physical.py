@@ -74,6 +74,7 @@ class PhysicalConfig:
 
     `vf_token`: of the PF that another process owns, or that ours is to have; else it has its own.
     `states`: the migration states on offer.  `way`, `unsafe_noiommu`: see `OpenOptions`.
+    `sees_memory`: see `VfFunction`.
     """
 
     vfs: tuple[VfConfig, ...]
@@ -82,6 +83,7 @@ class PhysicalConfig:
     states: Options = EVERYTHING
     way: Way | None = None
     unsafe_noiommu: bool = False
+    sees_memory: bool = False
 
 
 @attrs.frozen
@@ -119,7 +121,7 @@ async def physical_functions(
         for vf in config.vfs:
             opened = await _open(vf.address, token, config, roots)
             try:
-                function = VfFunction(opened, map_bars=vf.map_bars)
+                function = VfFunction(opened, map_bars=vf.map_bars, sees_memory=config.sees_memory)
             except HostError:
                 opened.close()
                 raise
