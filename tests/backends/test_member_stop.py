@@ -47,7 +47,7 @@ async def test_a_stopped_member_touches_nothing_but_takes_register_writes(remote
         await ping_pong(da, db)
         assert await a.member.mode.stop()
         assert not a.member.running
-        assert not a.member.up
+        assert a.member.up, "frames wait"
         await settle(da)
         counts = [da.interrupt(index).count for index in (0, 1, da.control_index)]
         signalled = a.member.function.interrupts.statistics()
@@ -57,8 +57,8 @@ async def test_a_stopped_member_touches_nothing_but_takes_register_writes(remote
             await da.kick(index)
         memory = bytes(a.ram.view(a.ram.iova, a.ram.size))
         await db.send(frame(MAC_A, MAC_B, b"to nobody"))
-        await db.flush()
         a.member.set_link(False)
+        await db.flush()
         a.member.set_link(True)
         await a.pci.write(Register.QUEUE_SELECT, 2)
         assert await a.pci.read(Register.QUEUE_SELECT) == 2
@@ -68,6 +68,25 @@ async def test_a_stopped_member_touches_nothing_but_takes_register_writes(remote
         assert [da.interrupt(index).count for index in (0, 1, da.control_index)] == counts
         a.member.mode.resume()
         assert (await receive(db)).data == sent
+        await ping_pong(da, db)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+async def test_frames_wait_for_a_stopped_member(remote: bool) -> None:
+    async with guests(*configs(MAC_A, MAC_B), remote=remote) as (a, b):
+        da, db = a.driver(), b.driver()
+        await da.start()
+        await db.start()
+        assert await a.member.mode.stop()
+        sent = frame(MAC_A, MAC_B, b"while stopped")
+        await db.send(sent)
+        await trio.testing.wait_all_tasks_blocked()
+        a.member.mode.resume()
+        assert (await receive(da)).data == sent
+        assert await a.member.mode.stop()
+        await db.send(sent)
+        await db.flush()
+        a.member.mode.resume()
         await ping_pong(da, db)
 
 

@@ -474,4 +474,5 @@ class Member:
 
     @property
     def up(self) -> bool:
-        return self.running and self.link_up and not self.mode.stopping
+        held = self.mode.stopped and self._in_session
+        return self.link_up and (held or (self.running and not self.mode.stopping))

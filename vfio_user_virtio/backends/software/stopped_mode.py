@@ -10,6 +10,10 @@ used index in guest memory says: no part carries a position, and `resume` reads 
 it sends one for each queue and one for the configuration.  A member that goes on with the state of
 another place is announced: by its driver if that can (GUEST_ANNOUNCE), and by a frame of ours.
 
+Frames for a member that is stopped wait, as they do for one whose receive ring is empty, and like
+those not for long (`limits.MAX_BLOCKED_SECONDS`): most stops are a few milliseconds of a migration,
+and so the network may be told of the new place before the device runs there.
+
 Where the standard is silent: a reset of the function (FLR, power state, the client's) leaves
 STOPPED mode, as Linux's driver assumes, and a reset of the virtio device does not.  Either drops
 what was staged, since a reset puts every part to its default.
@@ -75,6 +79,7 @@ class StoppedMode:
         self.stopped = True
         self._member.flush()
         self._member.update_running()
+        self._member.paused()
         _log.info("%s: stopped", self._member.name)
         return True
 
@@ -108,6 +113,7 @@ class StoppedMode:
         self._interrupts_owed = member.function.common.live
         _log.info("%s: let run again", member.name)
         member.update_running()
+        member.paused()
 
     def started(self) -> None:
         """The member has begun to run: send what interrupts its driver may have missed."""
@@ -127,8 +133,10 @@ class StoppedMode:
 
     def function_reset(self) -> None:
         """The whole function has been reset."""
-        self.stopped = False
+        was_stopped, self.stopped = self.stopped, False
         self.device_reset()
+        if was_stopped:
+            self._member.paused()
 
     # --- parts ---------------------------------------------------------------------------------
 
