@@ -67,7 +67,7 @@ async def test_the_source_runs_on_whatever_fails(bed: Bed, netns: Netns, tmp_pat
     async with moving.open_mover(bed, netns, tmp_path) as mover:
         here = await mover.end(incoming=False)
         async with moving.running_traffic(netns, here.guest) as passing:
-            for step in ("log", "mark pages", "restore PCI state", "run"):
+            for step in ("prepare devices", "mark pages", "restore PCI state", "run"):
 
                 def fail(name: str, at: str = step) -> None:
                     if name == at:

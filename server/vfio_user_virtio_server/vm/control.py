@@ -41,15 +41,16 @@ driver does so, if it was taught to."""
 class ServedDevice:
     """A device of a server.
 
-    `missing`: what it lacks of what moving takes, by name.  `process`: the pid of its client, None
-    without a client or if it cannot be told.  `busy`: who has its migration or its log in hand,
-    empty if nobody.
+    `missing`: what it lacks of what moving takes, by name; `announces`: it can tell the network.
+    `process`: the pid of its client, None without a client or if it cannot be told.  `busy`: who
+    has its migration or its log in hand, empty if nobody.
     """
 
     name: str
     connected: bool
     process: int | None = None
     missing: tuple[str, ...] = ()
+    announces: bool = False
     busy: str = ""
     state: str = "RUNNING"
 
@@ -89,11 +90,20 @@ class ServerControl:
             await self._client.release(device)
             return stream
 
-    async def stop_copy(self, device: str) -> bytes:
-        """Stop the device, as migration does; its whole stream."""
+    async def stop(self, device: str) -> None:
+        """Stop the device, as migration does."""
         with self._call(f"{device}: STOP_COPY"):
             await self._client.set_migration_state(device, "STOP_COPY")
+
+    async def final_image(self, device: str) -> bytes:
+        """The whole stream of a device that is stopped."""
+        with self._call(f"{device}: ReadImage"):
             return await self._client.read_image(device)
+
+    async def announce(self, device: str) -> None:
+        """Tell the network that the device's address is here."""
+        with self._call(f"{device}: Announce"):
+            await self._client.announce(device)
 
     async def release(self, device: str) -> None:
         """End what was begun: the device runs as it did before, a half loaded one is reset."""
@@ -107,10 +117,14 @@ class ServerControl:
 
     # --- the target ----------------------------------------------------------------------------
 
-    async def load(self, device: str, stream: bytes) -> None:
-        """Have the device take `stream`; it takes effect when it runs."""
+    async def expect(self, device: str) -> None:
+        """Stop the device, and have it wait for what is to be loaded."""
         with self._call(f"{device}: RESUMING"):
             await self._client.set_migration_state(device, "RESUMING")
+
+    async def load(self, device: str, stream: bytes) -> None:
+        """Have the device take `stream`; it takes effect when it runs."""
+        with self._call(f"{device}: WriteImage"):
             await self._client.write_image(device, stream)
 
     async def resume(self, device: str) -> None:
@@ -155,6 +169,7 @@ def described(device: records.Device) -> ServedDevice:
         name=device.name,
         connected=session is not None,
         process=None if session is None else session.process,
+        announces="announce" in device.abilities,
         missing=tuple(name for name in NEEDED if name not in device.abilities),
         busy=", ".join(busy),
         state="RUNNING" if migration is None else migration.state,

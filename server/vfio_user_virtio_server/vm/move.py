@@ -74,6 +74,7 @@ class MovedDevice:
     ident: str
     source: Place
     target: Place
+    announced: bool = False
     function: GuestFunction | None = None
     layout: PciState | None = None
     pci: PciState | None = None
@@ -222,6 +223,7 @@ class Move:
                 problems.append(f"no server given serves a device {missing.device}")
             else:
                 problems += comparison.compare_served(here, there)
+                one.announced = here.announces and there.announces
         if problems:
             raise NotMovable(problems)
         for qemu, facts in ((self._source, source), (self._target, target)):
@@ -267,9 +269,10 @@ class Move:
         await self._target.quit()
         self._target_may_run = False
 
-    async def _start_logs(self) -> None:
+    async def _prepare_devices(self) -> None:
         for one in self.devices:
             await one.source.server.start_log(one.source.device)
+            await one.target.server.expect(one.target.device)
 
     async def _stop_logs(self) -> None:
         for one in self.devices:
@@ -296,13 +299,20 @@ class Move:
     # --- while it is stopped -------------------------------------------------------------------
 
     async def _stop_devices(self) -> None:
+        """What comes for the guest from here on waits at the target, if it can be led there."""
         for one in self.devices:
-            one.stream = await one.source.server.stop_copy(one.source.device)
+            await one.source.server.stop(one.source.device)
+            if one.announced:
+                await one.target.server.announce(one.target.device)
+        for one in self.devices:
+            one.stream = await one.source.server.final_image(one.source.device)
             one.written = await one.source.server.take_log(one.source.device)
 
     async def _release_devices(self) -> None:
         for one in self.devices:
             await one.source.server.release(one.source.device)
+            if one.announced:
+                await one.source.server.announce(one.source.device)
 
     async def _save_pci(self) -> None:
         for one in self.devices:
@@ -388,7 +398,7 @@ STEPS: Final = (
     Step("check", Move._check),
     Step("look", Move._look),
     Step("listen", Move._listen, Move._stop_listening),
-    Step("log", Move._start_logs, Move._stop_logs),
+    Step("prepare devices", Move._prepare_devices, Move._stop_logs),
     Step("pre-copy", Move._copy, Move._run_source),
     Step("stop devices", Move._stop_devices, Move._release_devices),
     Step("save PCI state", Move._save_pci, Move._put_intx_back),
