@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
+    from vfio_user_virtio.transport.listener import MakeSession
     from vfio_user_virtio.transport.session import Session
     from vfio_user_virtio_server.config import Configuration, Configured, Served, SocketConfig
     from vfio_user_virtio_server.physical_config import PhysicalOwnerConfig
@@ -71,15 +72,18 @@ class _Door:
             self.listener.close()
 
 
-def run(configuration: Configuration, *, one_off: bool) -> int:
+def run(
+    configuration: Configuration, *, one_off: bool, make_session: MakeSession | None = None
+) -> int:
     """Serve until a signal comes, or until no client can come any more; the exit code.
 
-    Raises HostError, ConfigError when it cannot start.
+    `make_session` is another engine's, if not None.  Raises HostError and ConfigError when it cannot
+    start.
     """
     passed = activation.take_inherited()
     manager = ServiceManager()
     _allow_many_descriptors()
-    trio.run(_main, configuration, passed, manager, one_off)
+    trio.run(_main, configuration, passed, manager, one_off, make_session)
     return os.EX_OK
 
 
@@ -88,6 +92,7 @@ async def _main(
     passed: Sequence[activation.Inherited],
     manager: ServiceManager,
     one_off: bool,
+    make_session: MakeSession | None,
 ) -> None:
     configs = configuration.owners
     with contextlib.ExitStack() as closers:
@@ -118,7 +123,14 @@ async def _main(
                         everything, devices, doors, watchers, strict=True
                     ):
                         clients.start_soon(
-                            _serve_device, served.name, device, door, one_off, broken, watcher
+                            _serve_device,
+                            served.name,
+                            device,
+                            door,
+                            one_off,
+                            broken,
+                            watcher,
+                            make_session,
                         )
                     for _ in range(_START_CHECKPOINTS):
                         await trio.lowlevel.checkpoint()
@@ -212,16 +224,20 @@ async def _serve_device(
     one_off: bool,
     broken: list[str],
     watcher: Watcher = _nobody,
+    make_session: MakeSession | None = None,
 ) -> None:
     """Serve the clients of one device.  Returns when there can be no other."""
     try:
-        if not door.listening:
-            await serve_connected(door.sock, device, name=name, on_session=watcher)
-        elif one_off:
-            sock = await _accept_one(door)
+        if door.listening and not one_off:
+            await serve_listener(
+                door.sock, device, name=name, on_session=watcher, make_session=make_session
+            )
+            return
+        sock = await _accept_one(door) if door.listening else door.sock
+        if make_session is None:
             await serve_connected(sock, device, name=name, on_session=watcher)
         else:
-            await serve_listener(door.sock, device, name=name, on_session=watcher)
+            await make_session(sock, device, name).run()
     except OSError as error:
         # Only the listening socket is left to fail so: whoever passed it may have shut it down.
         broken.append(f"{name}: no client can come any more: {error.strerror}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio_server import activation, values
+from vfio_user_virtio_server import activation, engine, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.config import (
     NEXT_INHERITED,
@@ -126,6 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument(values.parse_name),
         help="group of that socket; its members can read guests' memory",
     )
+    engine.add_arguments(where)
     device = parser.add_argument_group("the device, unless --config describes it")
     device.add_argument(
         "--mac",
@@ -315,7 +316,8 @@ def _owners_of(options: argparse.Namespace) -> tuple[Configured, ...]:
 def run(options: argparse.Namespace) -> int:
     from vfio_user_virtio_server import daemon
 
-    return daemon.run(configuration_of(options), one_off=options.one_off)
+    configuration = configuration_of(options)
+    return daemon.run(configuration, one_off=options.one_off, make_session=engine.chosen(options))
 
 
 def _socket(options: argparse.Namespace) -> SocketConfig:

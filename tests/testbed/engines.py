@@ -17,10 +17,9 @@ from vfio_user_virtio.libvfio_user.session import LibvfioUserSession
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
 
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio.testing.loopback import Serving
+    from vfio_user_virtio.transport.listener import MakeSession, Serving
 
 NATIVE: Final = "native"
 LIBVFIO_USER: Final = "libvfio-user"
@@ -110,7 +109,7 @@ def departure(name: str) -> Departure | None:
     return None
 
 
-def libvfio_user_sessions() -> Callable[[socket.socket, Device, str], Serving]:
+def libvfio_user_sessions() -> MakeSession:
     """What makes sessions behind libvfio-user.  Raises LibraryError."""
     library = load()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.device import Device
     from vfio_user_virtio.protocol.version import Capabilities
+    from vfio_user_virtio.transport.listener import Serving
 
 
 @contextlib.asynccontextmanager
@@ -30,12 +31,6 @@ async def ungrouped_nursery() -> AsyncIterator[trio.Nursery]:
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-class Serving(Protocol):
-    """A session of any engine."""
-
-    async def run(self) -> None: ...
 
 
 def make_session(sock: socket.socket, device: Device, name: str) -> Serving:

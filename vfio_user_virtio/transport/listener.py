@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import select
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import trio
 
@@ -30,6 +30,16 @@ _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
 _RETRY_SECONDS: Final = 0.1
 
 
+class Serving(Protocol):
+    """A session of any engine: see `Session.run`."""
+
+    async def run(self) -> None: ...
+
+
+MakeSession: TypeAlias = "Callable[[socket.socket, Device, str], Serving]"
+"""An engine's way to make a session, which owns the socket; the string is its name in the log."""
+
+
 async def serve_listener(
     listener: socket.socket,
     device: Device,
@@ -37,21 +47,27 @@ async def serve_listener(
     name: str = "session",
     capabilities: Capabilities = OWN_CAPABILITIES,
     on_session: Callable[[Session], None] | None = None,
+    make_session: MakeSession | None = None,
 ) -> None:
     """Serve one client after the other until cancelled.
 
     `listener` is a listening UNIX stream socket and stays the caller's; it is made non-blocking.
-    `on_session` sees each session before it runs (statistics).
+    `on_session` sees each session before it runs (statistics); `make_session` makes those of
+    another engine, which nobody sees.
     """
     listener.setblocking(False)
     while True:
         sock = await accept(listener, name)
-        session = Session(sock, device, name=name, capabilities=capabilities)
-        if on_session is not None:
-            on_session(session)
+        serving: Serving
+        if make_session is not None:
+            serving = make_session(sock, device, name)
+        else:
+            serving = session = Session(sock, device, name=name, capabilities=capabilities)
+            if on_session is not None:
+                on_session(session)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_mention_waiting, listener, name)
-            await session.run()
+            await serving.run()
             nursery.cancel_scope.cancel()
 
 
