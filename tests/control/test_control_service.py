@@ -16,7 +16,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.config import MemberConfig
 from vfio_user_virtio.control.device_control import Caller, DeviceControl
 from vfio_user_virtio.control.interface import CONTROL, INTERFACES, SERVICE
-from vfio_user_virtio.control.records import Piece, Range
+from vfio_user_virtio.control.records import Range
 from vfio_user_virtio.control.service import ControlService, bitmap_runs
 from vfio_user_virtio.control.varlink import Call, Json, Object, VarlinkError
 from vfio_user_virtio.limits import PAGE_SIZE
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
 
-def pages(ranges: list[Range]) -> set[int]:
+def page_numbers(ranges: list[Range]) -> set[int]:
     return {
         page
         for one in ranges
@@ -245,7 +245,7 @@ async def test_the_dirty_log_is_what_the_device_wrote() -> None:
         made.traffic.start(made.nursery)
         await made.traffic.goes_on("a")
         await made.finish()
-        told = pages(await control.report_dirty_log("vm"))
+        told = page_numbers(await control.report_dirty_log("vm"))
         after = bytes(memory.view(memory.iova, memory.size))
         first = memory.iova // PAGE_SIZE
         ring_pages = {
@@ -282,17 +282,17 @@ async def test_guest_memory_out_and_in(remote: bool) -> None:
         assert await control.read_memory("vm", memory.iova + 3, size) == data[:size]
 
         wanted = [Range(memory.iova + n * 2 * PAGE_SIZE, PAGE_SIZE) for n in range(200)]
-        got = []
+        got: list[Range] = []
         async with control.reading_memory("vm", wanted) as replies:
-            async for pieces in replies:
-                size = sum(len(base64.b64decode(piece.data)) for piece in pieces)
-                assert size <= limits.CONTROL_CHUNK
-                got += pieces
-        for piece in got:
-            assert base64.b64decode(piece.data) == memory.view(
-                piece.iova, len(base64.b64decode(piece.data))
-            )
-        assert sum(len(base64.b64decode(piece.data)) for piece in got) == 200 * PAGE_SIZE
+            async for pages in replies:
+                content = base64.b64decode(pages.data)
+                assert len(content) <= limits.CONTROL_CHUNK
+                for one in pages.ranges:
+                    assert content[: one.size] == memory.view(one.iova, one.size)
+                    content = content[one.size :]
+                assert content == b""
+                got += pages.ranges
+        assert got == wanted
 
 
 async def test_memory_that_is_not_there_is_refused_by_address() -> None:
@@ -302,8 +302,7 @@ async def test_memory_that_is_not_there_is_refused_by_address() -> None:
         error = await refused(control.read_memory("vm", end - 8, 16), "Refused")
         assert f"{end:#x}" in str(error.parameters["why"])
         before = bytes(memory.view(end - 8, 8))
-        piece = Piece(end - 8, base64.b64encode(bytes(16)).decode())
-        await refused(control.write_pieces("vm", [piece]), "Refused")
+        await refused(control.write_memory("vm", end - 8, bytes(16)), "Refused")
         assert memory.view(end - 8, 8) == before
 
 
@@ -326,9 +325,9 @@ async def test_parameters_that_make_no_sense_are_named() -> None:
             await invalid("ReadMemory", "ranges", device="vm", ranges=[one])
             await invalid("StartDirtyLog", "ranges", device="vm", ranges=[one])
             await invalid("ReportDirtyLog", "range", device="vm", range=one)
-        await invalid("WriteMemory", "pieces", device="vm", pieces=[{"iova": 0, "data": "x"}])
-        await invalid("WriteMemory", "pieces", device="vm", pieces=[{"iova": -1, "data": "AA=="}])
-        await invalid("WriteMemory", "pieces", device="vm", pieces=[{"iova": 0, "data": ""}])
+        for one, data in ((shown(0, 1), "x"), (shown(-1, 1), "AA=="), (shown(0, 2), "AA==")):
+            pages: dict[str, Json] = {"ranges": [one], "data": data}
+            await invalid("WriteMemory", "pages", device="vm", pages=pages)
         far = control._more("ReadMemory", device="vm", ranges=[shown(top, top)])
         await refused(far, "Refused")
         unknown = control._client.call(CONTROL, "GetNothing", {})

@@ -27,7 +27,7 @@ from vfio_user_virtio.control.records import (
     Device,
     Mapping,
     Migration,
-    Piece,
+    Pages,
     Range,
     Statistics,
     from_json,
@@ -224,30 +224,30 @@ class ControlClient:
     @contextlib.asynccontextmanager
     async def reading_memory(
         self, device: str, ranges: Sequence[Range]
-    ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
-        """Guest memory in the pieces that `write_pieces` takes, as they come.  At most
+    ) -> AsyncIterator[AsyncIterator[Pages]]:
+        """Guest memory in the pieces that `write_pages` takes, as they come.  At most
         `limits.CONTROL_RANGES` ranges at once."""
         parameters: Object = {"device": device, "ranges": [to_json(one) for one in ranges]}
         async with self._client.stream(CONTROL, "ReadMemory", parameters) as replies:
-            yield (_taken(list[Piece], reply, "pieces") async for reply in replies)
+            yield (_taken(Pages, reply, "pages") async for reply in replies)
 
     async def read_memory(self, device: str, iova: int, size: int) -> bytes:
         found = bytearray()
         async with self.reading_memory(device, [Range(iova, size)]) as replies:
-            async for pieces in replies:
-                for piece in pieces:
-                    found += _decoded(piece.data)
+            async for pages in replies:
+                found += _decoded(pages.data)
         return bytes(found)
 
-    async def write_pieces(self, device: str, pieces: Sequence[Piece]) -> int:
+    async def write_pages(self, device: str, pages: Pages) -> int:
         """Write what one reply of `reading_memory` had; how many bytes that was."""
-        shown: list[Json] = [to_json(piece) for piece in pieces]
-        return _taken(int, await self._call("WriteMemory", device=device, pieces=shown), "size")
+        reply = await self._call("WriteMemory", device=device, pages=to_json(pages))
+        return _taken(int, reply, "size")
 
     async def write_memory(self, device: str, iova: int, data: bytes) -> None:
         for start in range(0, len(data), limits.CONTROL_CHUNK):
-            piece = base64.b64encode(data[start : start + limits.CONTROL_CHUNK]).decode()
-            await self.write_pieces(device, [Piece(iova + start, piece)])
+            piece = data[start : start + limits.CONTROL_CHUNK]
+            text = base64.b64encode(piece).decode()
+            await self.write_pages(device, Pages([Range(iova + start, len(piece))], text))
 
     async def copy_memory(
         self, device: str, ranges: Sequence[Range], to: ControlClient, target: str
@@ -258,8 +258,8 @@ class ControlClient:
         for start in range(0, len(ranges), limits.CONTROL_RANGES):
             part = ranges[start : start + limits.CONTROL_RANGES]
             async with self.reading_memory(device, part) as replies:
-                async for pieces in replies:
-                    copied += await to.write_pieces(target, pieces)
+                async for pages in replies:
+                    copied += await to.write_pages(target, pages)
         return copied
 
     # --- the rest ------------------------------------------------------------------------------

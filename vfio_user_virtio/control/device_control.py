@@ -280,7 +280,7 @@ class DeviceControl:
         with self._translated():
             return await self.guest_pages().read(iova, size)
 
-    async def write_memory(self, iova: int, data: bytes) -> None:
+    async def write_memory(self, iova: int, data: bytes | memoryview) -> None:
         with self._translated():
             await self.guest_pages().write(iova, data)
 

@@ -81,8 +81,8 @@ type Range (iova: int, size: int)
 
 type Mapping (iova: int, size: int, read: bool, write: bool, file: bool)
 
-# Bytes of guest memory from iova on, in base64.
-type Piece (iova: int, data: string)
+# What is in these ranges of guest memory, one after the other, in base64.
+type Pages (ranges: []Range, data: string)
 
 method GetDevices() -> (devices: []Device)
 
@@ -131,9 +131,9 @@ method ReportDirtyLog(device: string, range: ?Range) -> (ranges: []Range)
 method GetMappings(device: string) -> (mappings: []Mapping)
 
 # Guest memory, in pieces (more) that WriteMemory takes as they are.
-method ReadMemory(device: string, ranges: []Range) -> (pieces: []Piece)
+method ReadMemory(device: string, ranges: []Range) -> (pages: Pages)
 
-method WriteMemory(device: string, pieces: []Piece) -> (size: int)
+method WriteMemory(device: string, pages: Pages) -> (size: int)
 
 # Look at each queue as if its driver had notified, and send each interrupt once.
 method Replay(device: string) -> ()

@@ -24,7 +24,7 @@ from vfio_user_virtio import limits
 from vfio_user_virtio.control import varlink
 from vfio_user_virtio.control.idl import MismatchError
 from vfio_user_virtio.control.interface import CONTROL, INTERFACES, SERVICE
-from vfio_user_virtio.control.records import Mapping, Piece, Range, from_json, to_json
+from vfio_user_virtio.control.records import Mapping, Pages, Range, from_json, to_json
 from vfio_user_virtio.control.varlink import VarlinkError
 from vfio_user_virtio.device import U64_END, DmaAccess, LoggingReport
 from vfio_user_virtio.protocol.migration import MigrationState
@@ -308,30 +308,39 @@ async def _read_memory(turn: Turn) -> Object:
     device, ranges = turn.device, turn.ranges("ranges")
     if turn.emit is None and sum(one.size for one in ranges) > limits.CONTROL_CHUNK:
         turn.more()
-    pieces: list[Json] = []
+    read: list[Range] = []
+    found: list[bytes] = []
     room = limits.CONTROL_CHUNK
     for one in ranges:
         position, left = one.iova, one.size
         while left:
             size = min(room, left)
-            data = await device.read_memory(position, size)
-            pieces.append(to_json(Piece(position, base64.b64encode(data).decode())))
+            found.append(await device.read_memory(position, size))
+            read.append(Range(position, size))
             position, left, room = position + size, left - size, room - size
-            if turn.emit is not None and (not room or len(pieces) == limits.CONTROL_RANGES):
-                await turn.emit({"pieces": pieces})
-                pieces, room = [], limits.CONTROL_CHUNK
-    return {"pieces": pieces}
+            if turn.emit is not None and (not room or len(read) == limits.CONTROL_RANGES):
+                await turn.emit({"pages": _pages(read, found)})
+                read, found, room = [], [], limits.CONTROL_CHUNK
+    return {"pages": _pages(read, found)}
+
+
+def _pages(ranges: list[Range], found: list[bytes]) -> Json:
+    return to_json(Pages(ranges, base64.b64encode(b"".join(found)).decode()))
 
 
 async def _write_memory(turn: Turn) -> Object:
     device = turn.device
-    pieces = from_json(list[Piece], turn.parameters["pieces"])
-    decoded = [(piece.iova, _bytes(piece.data, "pieces")) for piece in pieces]
-    for iova, data in decoded:
-        _check_range(Range(iova, len(data)), "pieces")
-    for iova, data in decoded:
-        await device.write_memory(iova, data)
-    return {"size": sum(len(data) for _, data in decoded)}
+    pages = from_json(Pages, turn.parameters["pages"])
+    data = memoryview(_bytes(pages.data, "pages"))
+    for one in pages.ranges:
+        _check_range(one, "pages")
+    if sum(one.size for one in pages.ranges) != len(data):
+        raise _invalid("pages")
+    position = 0
+    for one in pages.ranges:
+        await device.write_memory(one.iova, data[position : position + one.size])
+        position += one.size
+    return {"size": len(data)}
 
 
 async def _replay(turn: Turn) -> Object:
