@@ -77,7 +77,7 @@ def run(
 ) -> int:
     """Serve until a signal comes, or until no client can come any more; the exit code.
 
-    `make_session` is another engine's, if not None.  Raises HostError and ConfigError when it cannot
+    `make_session` is another engine's, if not None.  Raises HostError, ConfigError when it cannot
     start.
     """
     passed = activation.take_inherited()
