@@ -55,6 +55,10 @@ COMMANDS: Final = {
     "migrate": _Command(
         "vfio_user_virtio_server.migrate", "move a device's state from one server to another"
     ),
+    "send": _Command("vfio_user_virtio_server.send", "send a device's state to another host"),
+    "receive": _Command(
+        "vfio_user_virtio_server.receive", "load a device with what another host sends"
+    ),
     "migrate-vm": _Command(
         "vfio_user_virtio_server.migrate_vm", "move a running guest to another QEMU"
     ),

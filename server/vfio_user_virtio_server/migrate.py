@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         metavar="N",
-        type=argument(_rounds),
+        type=argument(parse_rounds),
         default=0,
         help="look N times for what has changed before the source is stopped, once a second",
     )
@@ -272,7 +272,8 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.2f} ms"
 
 
-def _rounds(text: str) -> int:
+def parse_rounds(text: str) -> int:
+    """How often to look for more in PRE_COPY.  Raises ValueError."""
     number = values.parse_number(text)
     if not 0 <= number <= MAX_ROUNDS:
         raise ValueError(f"{text} rounds; they can be 0 to {MAX_ROUNDS}, one a second")

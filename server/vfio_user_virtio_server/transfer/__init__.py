@@ -1,0 +1,1 @@
+"""A device's state, and guest pages, from server to server over any pipe."""

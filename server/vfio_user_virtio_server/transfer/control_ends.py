@@ -1,0 +1,207 @@
+"""The devices of a transfer by their servers' control interface: a VM may be using them.
+
+The source's guest is stopped by whoever moves it, before its device is; if that has begun to log
+what the device writes (``StartDirtyLog`` with ``keep``), those pages go with it.  What is begun
+here ends with the connection, so that the source runs on even if this process is killed.
+
+A call that is given up leaves a connection that cannot be used again, and with it the way back; so
+calls are not cancelled, and have their time instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from vfio_user_virtio.control.varlink import VarlinkError
+from vfio_user_virtio.errors import ConnectionLost, HostError
+from vfio_user_virtio.limits import CONTROL_CHUNK, PAGE_SIZE
+from vfio_user_virtio.migration.preflight import Preflight
+from vfio_user_virtio.migration.transfer_frames import DeviceFacts, Pages, ZeroPages
+from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from vfio_user_virtio.control.client import ControlClient
+    from vfio_user_virtio.control.records import Migration
+    from vfio_user_virtio.protocol.header import Buffer
+
+_ZERO_PAGE: Final = bytes(PAGE_SIZE)
+_HELD: Final = "control"
+
+
+@attrs.define
+class _Controlled:
+    """Device `name` of the server behind `client`."""
+
+    client: ControlClient
+    name: str
+    answer_seconds: float
+    state: MigrationState | None = MigrationState.RUNNING
+    """None if it is not known."""
+    begun: bool = attrs.field(init=False, default=False)
+
+    async def facts(self) -> DeviceFacts:
+        """Raises HostError if the device cannot migrate, or does so already."""
+        with self._call("GetDevice"):
+            device = await self.client.device(self.name)
+        migration = device.migration
+        if "migration" not in device.abilities or migration is None:
+            raise HostError(
+                f"{self.name} does not offer migration; its server's log may say why",
+                exit_code=os.EX_UNAVAILABLE,
+            )
+        if migration.holder != "nobody" or migration.state != MigrationState.RUNNING.name:
+            raise HostError(
+                f"{self.name} is in state {migration.state}, and {migration.holder} has its "
+                "migration in hand",
+                exit_code=os.EX_UNAVAILABLE,
+            )
+        return DeviceFacts(_options(migration), None, self.name)
+
+    async def set_state(self, state: MigrationState, *, keep: bool = False) -> None:
+        self.begun = True
+        self.state = None
+        with self._call(f"SetMigrationState {state.name}"):
+            await self.client.set_migration_state(self.name, state.name, keep=keep)
+        self.state = state
+
+    async def release(self) -> None:
+        """Let the device run as it did before, if anything was begun."""
+        if self.begun:
+            with self._call("Release"):
+                await self.client.release(self.name)
+            self.state = MigrationState.RUNNING
+
+    async def read(self) -> bytes:
+        with self._call("ReadImage"):
+            return await self.client.read_image(self.name)
+
+    @contextlib.contextmanager
+    def _call(self, what: str) -> Iterator[None]:
+        patience = trio.CancelScope(shield=True, deadline=trio.current_time() + self.answer_seconds)
+        try:
+            with patience:
+                yield
+        except VarlinkError as error:
+            raise HostError(f"{self.name}: {what}: {error}", exit_code=os.EX_IOERR) from None
+        except ConnectionLost as error:
+            raise ConnectionLost(f"{self.name}: {what}: {error}") from error
+        if patience.cancelled_caught:
+            raise ConnectionLost(f"{self.name}: no answer to {what} in {self.answer_seconds:g} s")
+
+
+class ControlSource(_Controlled):
+    """`ends.Source`."""
+
+    async def prepare(self) -> DeviceFacts:
+        return await self.facts()
+
+    async def start_precopy(self) -> None:
+        await self.set_state(MigrationState.PRE_COPY)
+
+    async def look_for_more(self) -> None:
+        with self._call("GetPrecopyInfo"):
+            await self.client.precopy_info(self.name)
+
+    async def stop(self) -> None:
+        await self.set_state(MigrationState.STOP_COPY)
+
+    async def changed_pages(self) -> AsyncGenerator[Pages | ZeroPages, None]:
+        with self._call("GetDevice"):
+            logs = (await self.client.device(self.name)).dirty_log == _HELD
+        if not logs:
+            return
+        with self._call("ReportDirtyLog"):
+            ranges = await self.client.report_dirty_log(self.name)
+        for one in ranges:
+            for start in range(0, one.size, CONTROL_CHUNK):
+                size = min(CONTROL_CHUNK, one.size - start)
+                for frame in await self._pages(one.iova + start, size):
+                    yield frame
+
+    async def finish(self, *, keep: bool) -> None:
+        if keep:
+            await self.release()
+        else:
+            await self.set_state(MigrationState.STOP, keep=True)
+
+    async def run_on(self) -> None:
+        await self.release()
+
+    async def _pages(self, iova: int, size: int) -> list[Pages | ZeroPages]:
+        with self._call(f"ReadMemory of {size} bytes at {iova:#x}"):
+            return list(split_pages(iova, await self.client.read_memory(self.name, iova, size)))
+
+
+class ControlTarget(_Controlled):
+    """`ends.Target`."""
+
+    def __attrs_post_init__(self) -> None:
+        self._preflight = Preflight()
+
+    async def prepare(self) -> DeviceFacts:
+        facts = await self.facts()
+        await self.set_state(MigrationState.STOP_COPY)
+        self._preflight.target_saves_untrusted(await self.read())
+        await self.release()
+        await self.set_state(MigrationState.RESUMING)
+        return facts
+
+    async def write(self, data: Buffer) -> None:
+        self._preflight.source_saves_untrusted(data)
+        with self._call(f"WriteImage of {len(data)} bytes"):
+            await self.client.write_image(self.name, bytes(data))
+
+    async def write_pages(self, pages: Pages | ZeroPages) -> None:
+        size = pages.size if isinstance(pages, ZeroPages) else len(pages.data)
+        with self._call(f"WriteMemory of {size} bytes at {pages.iova:#x}"):
+            if isinstance(pages, Pages):
+                await self.client.write_memory(self.name, pages.iova, bytes(pages.data))
+            else:
+                for start in range(0, size, CONTROL_CHUNK):
+                    zeroes = bytes(min(CONTROL_CHUNK, size - start))
+                    await self.client.write_memory(self.name, pages.iova + start, zeroes)
+
+    async def load(self) -> None:
+        await self.set_state(MigrationState.STOP)
+
+    async def run(self) -> None:
+        self.state = None
+        with self._call("Resume"):
+            await self.client.resume(self.name)
+        self.state = MigrationState.RUNNING
+
+    async def give_up(self) -> None:
+        await self.release()
+
+
+def split_pages(iova: int, data: bytes) -> Iterator[Pages | ZeroPages]:
+    """Whole pages from `iova` on, as frames: runs of those that are zero, and runs of others."""
+    begun, position, zero = 0, 0, False
+    while position < len(data):
+        page = data[position : position + PAGE_SIZE]
+        if (page == _ZERO_PAGE) is not zero or position == 0:
+            yield from _run(iova, data, begun, position, zero=zero)
+            begun, zero = position, page == _ZERO_PAGE
+        position += PAGE_SIZE
+    yield from _run(iova, data, begun, position, zero=zero)
+
+
+def _run(
+    iova: int, data: bytes, begun: int, end: int, *, zero: bool
+) -> Iterator[Pages | ZeroPages]:
+    if begun < end:
+        yield ZeroPages(iova + begun, end - begun) if zero else Pages(iova + begun, data[begun:end])
+
+
+def _options(migration: Migration) -> MigrationFlags:
+    found = MigrationFlags(0)
+    for name in migration.options:
+        found |= MigrationFlags.__members__.get(name, MigrationFlags(0))
+    return found
