@@ -276,13 +276,20 @@ class DeviceControl:
             raise VarlinkError(f"{CONTROL.name}.NoClient", {"device": self.name})
         return access
 
-    async def read_memory(self, iova: int, size: int) -> bytes:
+    async def read_memory(self, ranges: Sequence[records.Range]) -> bytes:
+        """What is in them, one after the other."""
+        pages = self.guest_pages()
         with self._translated():
-            return await self.guest_pages().read(iova, size)
+            return b"".join([await pages.read(one.iova, one.size) for one in ranges])
 
-    async def write_memory(self, iova: int, data: bytes | memoryview) -> None:
+    async def write_memory(self, ranges: Sequence[records.Range], data: memoryview) -> None:
+        """Write `data`, which is as long as all of them."""
+        pages = self.guest_pages()
+        position = 0
         with self._translated():
-            await self.guest_pages().write(iova, data)
+            for one in ranges:
+                await pages.write(one.iova, data[position : position + one.size])
+                position += one.size
 
     def replay(self) -> None:
         operator = self._with_operator("replay")

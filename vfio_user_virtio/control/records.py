@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from vfio_user_virtio.control.varlink import Json
 
 _T = TypeVar("_T")
@@ -117,7 +119,14 @@ def to_json(record: attrs.AttrsInstance) -> dict[str, Json]:
     return {name: _plain(getattr(record, name)) for name in _fields(type(record))}
 
 
+def from_json(kind: type[_T], value: Json) -> _T:
+    """The `kind` that `value` is, which has been checked."""
+    return cast("_T", _maker(cast("Hashable", kind))(value))
+
+
 def _plain(value: object) -> Json:
+    if type(value) in (int, str):
+        return cast("Json", value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if attrs.has(type(value)):
@@ -126,26 +135,36 @@ def _plain(value: object) -> Json:
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, object]:
+def _fields(kind: type) -> dict[str, Hashable]:
     return typing.get_type_hints(kind)
 
 
-def from_json(kind: type[_T], value: Json) -> _T:
-    """The `kind` that `value` is, which has been checked."""
-    return cast("_T", _made(kind, value))
+def _same(value: Json) -> object:
+    return value
 
 
-def _made(kind: object, value: Json) -> object:
+@functools.cache
+def _maker(kind: Hashable) -> Callable[[Json], object]:
+    """What makes a `kind` of its JSON; worked out once, since messages have thousands of some."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _made(arguments[0], value)
+        make = _maker(arguments[0])
+        return lambda value: None if value is None else make(value)
     if origin is list:
-        return [_made(arguments[0], item) for item in cast("list[Json]", value)]
-    if origin is dict:
-        made = cast("dict[str, Json]", value).items()
-        return {key: _made(arguments[1], item) for key, item in made}
+        make = _maker(arguments[0])
+        if make is _same:
+            return _same
+        return lambda value: [make(item) for item in cast("list[Json]", value)]
     if isinstance(kind, type) and attrs.has(kind):
-        fields = _fields(kind)
+        return _maker_of_record(kind)
+    return _same
+
+
+def _maker_of_record(kind: type) -> Callable[[Json], object]:
+    makers = {name: _maker(field) for name, field in _fields(kind).items()}
+
+    def make(value: Json) -> object:
         given = cast("dict[str, Json]", value)
-        return kind(**{name: _made(fields[name], given.get(name)) for name in fields})
-    return value
+        return kind(**{name: make(given.get(name)) for name, make in makers.items()})
+
+    return make

@@ -305,41 +305,36 @@ async def _get_mappings(turn: Turn) -> Object:
 
 
 async def _read_memory(turn: Turn) -> Object:
-    device, ranges = turn.device, turn.ranges("ranges")
+    ranges = turn.ranges("ranges")
     if turn.emit is None and sum(one.size for one in ranges) > limits.CONTROL_CHUNK:
         turn.more()
-    read: list[Range] = []
-    found: list[bytes] = []
+    batch: list[Range] = []
     room = limits.CONTROL_CHUNK
     for one in ranges:
         position, left = one.iova, one.size
         while left:
             size = min(room, left)
-            found.append(await device.read_memory(position, size))
-            read.append(Range(position, size))
+            batch.append(Range(position, size))
             position, left, room = position + size, left - size, room - size
-            if turn.emit is not None and (not room or len(read) == limits.CONTROL_RANGES):
-                await turn.emit({"pages": _pages(read, found)})
-                read, found, room = [], [], limits.CONTROL_CHUNK
-    return {"pages": _pages(read, found)}
+            if turn.emit is not None and (not room or len(batch) == limits.CONTROL_RANGES):
+                await turn.emit(await _pages(turn.device, batch))
+                batch, room = [], limits.CONTROL_CHUNK
+    return await _pages(turn.device, batch)
 
 
-def _pages(ranges: list[Range], found: list[bytes]) -> Json:
-    return to_json(Pages(ranges, base64.b64encode(b"".join(found)).decode()))
+async def _pages(device: DeviceControl, ranges: list[Range]) -> Object:
+    data = base64.b64encode(await device.read_memory(ranges)).decode()
+    return {"pages": to_json(Pages(ranges, data))}
 
 
 async def _write_memory(turn: Turn) -> Object:
-    device = turn.device
     pages = from_json(Pages, turn.parameters["pages"])
-    data = memoryview(_bytes(pages.data, "pages"))
+    data = _bytes(pages.data, "pages")
     for one in pages.ranges:
         _check_range(one, "pages")
     if sum(one.size for one in pages.ranges) != len(data):
         raise _invalid("pages")
-    position = 0
-    for one in pages.ranges:
-        await device.write_memory(one.iova, data[position : position + one.size])
-        position += one.size
+    await turn.device.write_memory(pages.ranges, memoryview(data))
     return {"size": len(data)}
 
 
