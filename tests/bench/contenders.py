@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from tests.bench.figures import LIBVFIO_USER, NATIVE
 from tests.testbed.server_process import COMMAND
 from vfio_user_virtio.device import VfioRegion
+from vfio_user_virtio.libvfio_user import LibraryError, load
 from vfio_user_virtio.protocol.header import Command, encode_command
 from vfio_user_virtio.protocol.region import encode_region_read_request
 from vfio_user_virtio.transport.client import connect_socket
@@ -113,9 +115,27 @@ def running(path: Path, *argv: str) -> Iterator[Contender]:
 @contextmanager
 def native(folder: Path) -> Iterator[Contender]:
     """A server with one member and no uplink."""
-    path = folder / "vf.sock"
-    with running(path, COMMAND, "serve", "--socket-path", str(path)) as contender:
+    with engine(folder, NATIVE) as contender:
         yield contender
+
+
+@contextmanager
+def engine(folder: Path, name: str) -> Iterator[Contender]:
+    """The same with this engine, one of `engines`."""
+    path = folder / f"{name}.sock"
+    options = ("--socket-path", str(path), "--engine", name)
+    with running(path, COMMAND, "serve", *options) as contender:
+        yield contender
+
+
+def engines() -> tuple[str, ...]:
+    """The engines that there are here; the columns of a figure."""
+    try:
+        load()
+    except LibraryError as error:
+        print(f"no column {LIBVFIO_USER}: {error}", file=sys.stderr)
+        return (NATIVE,)
+    return (NATIVE, LIBVFIO_USER)
 
 
 @contextmanager

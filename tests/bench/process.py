@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from tests.bench.contenders import ECHO, REGISTER_READ, echo, native, native_members, session
+from tests.bench.contenders import (
+    ECHO,
+    REGISTER_READ,
+    echo,
+    engine,
+    engines,
+    native,
+    native_members,
+    session,
+)
 from tests.bench.figures import NATIVE, Better, Figure, at_most
 
 if TYPE_CHECKING:
@@ -28,21 +37,24 @@ SETTLE_SECONDS: Final = 0.3
 
 async def measure_start(effort: Effort, publish: Publish) -> None:
     """From exec until a client has connected and has its first answer; byte code is there."""
-    columns: dict[str, list[float]] = {NATIVE: [], ECHO: []}
+    names = engines()
+    columns: dict[str, list[float]] = {column: [] for column in (*names, ECHO)}
     for start in range(-1, effort.starts):
-        with tempfile.TemporaryDirectory() as name:
+        taken: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                begin = time.perf_counter()
+                with engine(Path(folder), name) as ours:
+                    async with session(ours):
+                        taken[name] = (time.perf_counter() - begin) * 1000
             begin = time.perf_counter()
-            with native(Path(name)) as ours:
-                async with session(ours):
-                    native_ms = (time.perf_counter() - begin) * 1000
-            begin = time.perf_counter()
-            with echo(Path(name)) as theirs, await theirs.connect() as sock:
+            with echo(Path(folder)) as theirs, await theirs.connect() as sock:
                 sock.sendall(REGISTER_READ)
                 sock.recv(4096)
-                echo_ms = (time.perf_counter() - begin) * 1000
+                taken[ECHO] = (time.perf_counter() - begin) * 1000
         if start >= 0:  # the first start may have had to compile
-            columns[NATIVE].append(native_ms)
-            columns[ECHO].append(echo_ms)
+            for column, milliseconds in taken.items():
+                columns[column].append(milliseconds)
     publish(Figure("start to first answer", "ms", Better.LESS, columns, ECHO, AIM_START_MS))
 
 
