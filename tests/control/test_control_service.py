@@ -96,9 +96,13 @@ async def test_without_a_client_there_is_no_session_and_no_memory() -> None:
                 async with connect(folder / "a.sock"):
                     while (await control.device("vm")).session is None:
                         await trio.lowlevel.checkpoint()
+                    await control.set_migration_state("vm", "RESUMING")
                 while (await control.device("vm")).session is not None:
                     await trio.lowlevel.checkpoint()
-                assert (await control.device("vm")).dirty_log == "nobody"
+                device = await control.device("vm")
+                assert device.migration is not None
+                assert (device.migration.state, device.migration.holder) == ("RUNNING", "nobody")
+                assert device.dirty_log == "nobody"
             nursery.cancel_scope.cancel()
 
 

@@ -56,14 +56,15 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def installed(folder: Path) -> Path:
     """A folder with the units as if the command was where they expect it."""
-    for unit in UNITS.glob("vfio-user-virtio@.*"):
+    for unit in UNITS.glob("vfio-user-virtio*@.*"):
         text = unit.read_text()
         (folder / unit.name).write_text(text.replace(INSTALLED, "/bin/true"))
     return folder
 
 
 def test_systemd_finds_no_fault(installed: Path) -> None:
-    units = [str(installed / f"vfio-user-virtio@.{kind}") for kind in ("socket", "service")]
+    names = ("vfio-user-virtio@.socket", "vfio-user-virtio@.service")
+    units = [str(installed / name) for name in (*names, "vfio-user-virtio-control@.socket")]
     result = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *units],
         capture_output=True,
