@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vfio_user_virtio.backends.vfio import binding, discovery, sysfs
+from vfio_user_virtio.backends.vfio.function import VfFunction
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_function
 from vfio_user_virtio.backends.vfio.owner_opening import owned_function
+from vfio_user_virtio.backends.vfio.physical import (
+    PhysicalConfig,
+    VfConfig,
+    physical_functions,
+)
 from vfio_user_virtio.backends.vfio.sysfs import PciAddress
+from vfio_user_virtio.device import VfioRegion
 from vfio_user_virtio.errors import HostError
 
 if TYPE_CHECKING:
@@ -110,6 +117,20 @@ async def test_a_pf_without_an_administration_virtqueue_is_no_owner(
                 pass
     finally:
         binding.undo(plan)
+
+
+async def test_vfs_of_a_pf_that_is_no_owner_are_served_without_migration(
+    pf: PciAddress, way: str
+) -> None:
+    how = Way[way.upper()]
+    with planned(binding.bind(pf)), planned(binding.vfs(pf, 2)):
+        vfs = tuple(VfConfig(address=vf) for vf in sysfs.virtual_functions(pf).values())
+        async with physical_functions(PhysicalConfig(vfs=vfs, way=how)) as devices:
+            assert [type(device) for device in devices] == [VfFunction, VfFunction]
+            assert await devices[0].region_read(VfioRegion.CONFIG, 0, 4) == b"\xf4\x1a\x41\x10"
+        with pytest.raises(HostError, match="does not offer ADMIN_VQ"):
+            async with physical_functions(PhysicalConfig(vfs=vfs, pf=pf, way=how)):
+                pass
 
 
 async def test_a_pf_of_the_kernel_is_not_taken(pf: PciAddress) -> None:

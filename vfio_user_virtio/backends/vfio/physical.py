@@ -6,7 +6,8 @@ parts gives its VFs migration; one that does not, or that a driver of the kernel
 they are, and the log says what is missing.
 
 The owner may be named; otherwise it is the PF that sysfs names, if vfio-pci holds that.  Whoever
-names a VF token and no owner says that another process has it.
+names a VF token and no owner says that another process has it.  A PF that was not named need not be
+an owner: one without an administration virtqueue is held for its token.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ async def physical_functions(
         owner = None if pf is None else await _own(stack, pf, token, config, roots)
         if owner is None:
             _log.warning(
-                "no PF is ours: devices cannot be migrated; give the PF to vfio-pci, "
-                "vfio-user-virtio bind, and name it with --pf"
+                "no owner is ours: devices cannot be migrated; give a PF that has an "
+                "administration virtqueue to vfio-pci, vfio-user-virtio bind, and name it with --pf"
             )
         functions: list[VfFunction] = []
         devices: list[Device] = []
@@ -153,7 +154,8 @@ async def _own(
     token: uuid.UUID,
     config: PhysicalConfig,
     roots: Roots,
-) -> PartsOwner:
+) -> PartsOwner | None:
+    """The owner that `pf` is; None if it is none, and nobody has said that it is."""
     try:
         opened = await _open(pf, token, config, roots, open_pf)
     except KernelRefusal as error:
@@ -166,7 +168,13 @@ async def _own(
     access = KernelAccess(opened)
     stack.callback(access.close)
     stack.callback(opened.close)
-    queue = await stack.enter_async_context(owned(access, str(pf)))
+    try:
+        queue = await stack.enter_async_context(owned(access, str(pf)))
+    except HostError as error:
+        if config.pf is not None:
+            raise
+        _log.warning("%s", error)  # it stays open all the same: its VFs want its token
+        return None
     parts_owner = PartsOwner(AdminClient(queue))
     support = await parts_owner.discover()
     if support.lack is not None:
