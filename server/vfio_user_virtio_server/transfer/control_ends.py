@@ -96,6 +96,7 @@ class _Controlled:
             raise ConnectionLost(f"{self.name}: no answer to {what} in {self.answer_seconds:g} s")
 
 
+@attrs.define
 class ControlSource(_Controlled):
     """`ends.Source`."""
 
@@ -139,11 +140,11 @@ class ControlSource(_Controlled):
             return list(split_pages(iova, await self.client.read_memory(self.name, iova, size)))
 
 
+@attrs.define
 class ControlTarget(_Controlled):
     """`ends.Target`."""
 
-    def __attrs_post_init__(self) -> None:
-        self._preflight = Preflight()
+    _preflight: Preflight = attrs.field(init=False, factory=Preflight)
 
     async def prepare(self) -> DeviceFacts:
         facts = await self.facts()

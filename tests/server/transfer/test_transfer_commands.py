@@ -19,6 +19,7 @@ from tests.server.server_process import (
     COMMAND,
     SECONDS,
     Server,
+    client,
     environment,
     run,
     served,
@@ -369,3 +370,33 @@ def test_sockets_that_cannot_be() -> None:
             assert result.returncode == code
             assert problem in result.stderr
             assert result.stderr.endswith("; nothing was changed\n")
+
+
+def test_devices_that_are_in_use_by_their_control_sockets() -> None:
+    with (
+        short_folder() as folder,
+        contextlib.ExitStack() as stack,
+        contextlib.ExitStack() as clients,
+    ):
+        for name, mac in (("a", MAC_A), ("b", MAC_B)):
+            control = ("--control-path", folder / f"{name}.control")
+            stack.enter_context(served("--socket-path", folder / name, "--mac", mac, *control))
+            clients.enter_context(client(folder / name))
+        send_it = ["send", "--from-control", f"{folder}/a.control"]
+        receive_it = ["receive", "--to-control", f"{folder}/b.control"]
+        result = run(*send_it, "--device", "no", "--", *COMMAND, *receive_it)
+        assert result.returncode == os.EX_USAGE
+        assert "name one of them with --device; nothing was changed" in result.stderr
+        result = run(*send_it, "--", *COMMAND, *receive_it)
+        assert result.returncode == 0, result.stderr
+        assert "The target runs, the source is in STOP" in result.stdout
+        result = run(*send_it, "--", *COMMAND, *receive_it)
+        assert result.returncode == os.EX_UNAVAILABLE
+        assert "is in state STOP, and control has its migration in hand" in result.stderr
+        for name, expected in (("a", ("STOP", "control")), ("b", ("RUNNING", "nobody"))):
+            shown = run("status", "--control-path", folder / f"{name}.control", "--json").stdout
+            (device,) = json.loads(shown)["devices"]
+            assert (device["migration"]["state"], device["migration"]["holder"]) == expected
+        clients.close()
+        probed = run("probe", "--socket-path", folder / "b", "--json")
+        assert json.loads(probed.stdout)["net"]["mac"] == MAC_A

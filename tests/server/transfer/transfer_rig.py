@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.transport.migration_pair import Pair
+    from vfio_user_virtio_server.transfer.ends import Source, Target
 
 FAILURES: Final = (ConnectionLost, HostError, RemoteError)
 SECONDS: Final = 5.0
@@ -86,27 +87,34 @@ class Outcome:
     receive_failure: BaseException | None
 
 
-async def transfer(
-    both: Pair,
+async def transfer(both: Pair, wire: Wire | None = None, **options: object) -> Outcome:
+    """Send the first member's state to the second; `options` are those of `carry`."""
+    source = SocketSource(both.clients[0], "a", 10.0)
+    return await carry(source, SocketTarget(both.clients[1], "b", 10.0), wire, **options)  # type: ignore[arg-type]  # passed on
+
+
+async def carry(
+    source: Source,
+    target: Target,
     wire: Wire | None = None,
     *,
     one_way: bool = False,
     cancel: Callable[[trio.CancelScope, trio.CancelScope], None] = lambda *_: None,
     **options: object,
 ) -> Outcome:
-    """Send the first member's state to the second.  `cancel` is given both ends' scopes."""
+    """Send from `source` to `target`.  `cancel` is given both ends' scopes."""
     wire = Wire() if wire is None else wire
     to_wire, wire_in = trio.testing.memory_stream_one_way_pair()
     wire_out, to_receiver = trio.testing.memory_stream_one_way_pair()
     answers, back_in = trio.testing.memory_stream_one_way_pair()
     back_out, to_sender = trio.testing.memory_stream_one_way_pair()
     sending = Sending(
-        SocketSource(both.clients[0], "a", 10.0),
+        source,
         Channel(None if one_way else to_sender, to_wire, BACKWARD, seconds=SECONDS),
         **options,  # type: ignore[arg-type]  # passed on
     )
     receiving = Receiving(
-        SocketTarget(both.clients[1], "b", 10.0),
+        target,
         Channel(to_receiver, answers, FORWARD, seconds=SECONDS),
     )
     outcome = Outcome(sending, receiving, None, None)
