@@ -10,6 +10,7 @@ calls are not cancelled, and have their time instead.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 from typing import TYPE_CHECKING, Final
@@ -17,15 +18,17 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from vfio_user_virtio.control import records
+from vfio_user_virtio.control.records import Range
 from vfio_user_virtio.control.varlink import VarlinkError
 from vfio_user_virtio.errors import ConnectionLost, HostError
-from vfio_user_virtio.limits import CONTROL_CHUNK, PAGE_SIZE
+from vfio_user_virtio.limits import CONTROL_CHUNK, CONTROL_RANGES, PAGE_SIZE
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio.migration.transfer_frames import DeviceFacts, Pages, ZeroPages
 from vfio_user_virtio.protocol.migration import MigrationFlags, MigrationState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Iterable, Iterator
 
     from vfio_user_virtio.control.client import ControlClient
     from vfio_user_virtio.control.records import Migration
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
 _HELD: Final = "control"
+_BATCH: Final = 8 * CONTROL_CHUNK
+"""Bytes of guest memory that are held at once."""
 
 
 @attrs.define
@@ -120,10 +125,9 @@ class ControlSource(_Controlled):
             return
         with self._call("ReportDirtyLog"):
             ranges = await self.client.report_dirty_log(self.name)
-        for one in ranges:
-            for start in range(0, one.size, CONTROL_CHUNK):
-                size = min(CONTROL_CHUNK, one.size - start)
-                for frame in await self._pages(one.iova + start, size):
+        for part in batches(ranges):
+            for pages in await self._read_memory(part):
+                for frame in frames_untrusted(pages):
                     yield frame
 
     async def finish(self, *, keep: bool) -> None:
@@ -135,9 +139,10 @@ class ControlSource(_Controlled):
     async def run_on(self) -> None:
         await self.release()
 
-    async def _pages(self, iova: int, size: int) -> list[Pages | ZeroPages]:
-        with self._call(f"ReadMemory of {size} bytes at {iova:#x}"):
-            return list(split_pages(iova, await self.client.read_memory(self.name, iova, size)))
+    async def _read_memory(self, ranges: list[Range]) -> list[records.Pages]:
+        with self._call(f"ReadMemory from {ranges[0].iova:#x} on"):
+            async with self.client.reading_memory(self.name, ranges) as replies:
+                return [pages async for pages in replies]
 
 
 @attrs.define
@@ -145,6 +150,9 @@ class ControlTarget(_Controlled):
     """`ends.Target`."""
 
     _preflight: Preflight = attrs.field(init=False, factory=Preflight)
+    _ranges: list[Range] = attrs.field(init=False, factory=list)
+    _data: bytearray = attrs.field(init=False, factory=bytearray)
+    """Pages that are not written yet, since many go into one call."""
 
     async def prepare(self) -> DeviceFacts:
         facts = await self.facts()
@@ -161,15 +169,27 @@ class ControlTarget(_Controlled):
 
     async def write_pages(self, pages: Pages | ZeroPages) -> None:
         size = pages.size if isinstance(pages, ZeroPages) else len(pages.data)
-        with self._call(f"WriteMemory of {size} bytes at {pages.iova:#x}"):
-            if isinstance(pages, Pages):
-                await self.client.write_memory(self.name, pages.iova, bytes(pages.data))
+        for start in range(0, size, CONTROL_CHUNK):
+            length = min(CONTROL_CHUNK, size - start)
+            if len(self._data) + length > CONTROL_CHUNK or len(self._ranges) == CONTROL_RANGES:
+                await self._write_memory()
+            self._ranges.append(Range(pages.iova + start, length))
+            if isinstance(pages, ZeroPages):
+                self._data += bytes(length)
             else:
-                for start in range(0, size, CONTROL_CHUNK):
-                    zeroes = bytes(min(CONTROL_CHUNK, size - start))
-                    await self.client.write_memory(self.name, pages.iova + start, zeroes)
+                self._data += pages.data[start : start + length]
+
+    async def _write_memory(self) -> None:
+        if not self._ranges:
+            return
+        pages = records.Pages(self._ranges, base64.b64encode(self._data).decode())
+        what = f"WriteMemory of {len(self._data)} bytes from {self._ranges[0].iova:#x} on"
+        self._ranges, self._data = [], bytearray()
+        with self._call(what):
+            await self.client.write_pages(self.name, pages)
 
     async def load(self) -> None:
+        await self._write_memory()
         await self.set_state(MigrationState.STOP)
 
     async def run(self) -> None:
@@ -180,6 +200,36 @@ class ControlTarget(_Controlled):
 
     async def give_up(self) -> None:
         await self.release()
+
+
+def batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
+    """`ranges` in parts that are read at once: `_BATCH` bytes or `CONTROL_RANGES` at most."""
+    part: list[Range] = []
+    size = 0
+    for one in ranges:
+        for start in range(0, one.size, _BATCH):
+            length = min(_BATCH, one.size - start)
+            if part and (size + length > _BATCH or len(part) == CONTROL_RANGES):
+                yield part
+                part, size = [], 0
+            part.append(Range(one.iova + start, length))
+            size += length
+    if part:
+        yield part
+
+
+def frames_untrusted(pages: records.Pages) -> Iterator[Pages | ZeroPages]:
+    """A reply of ReadMemory as frames.  Raises ConnectionLost for one that makes no sense."""
+    try:
+        data = base64.b64decode(pages.data, validate=True)
+    except ValueError:
+        data = b""
+    if sum(one.size for one in pages.ranges) != len(data):
+        raise ConnectionLost("the server's reply to ReadMemory has not the bytes of its ranges")
+    position = 0
+    for one in pages.ranges:
+        yield from split_pages(one.iova, data[position : position + one.size])
+        position += one.size
 
 
 def split_pages(iova: int, data: bytes) -> Iterator[Pages | ZeroPages]:

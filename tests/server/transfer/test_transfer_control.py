@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 
 from tests.control.control_rig import controlled_rig, set_up
 from tests.server.transfer.transfer_rig import Wire, carry
+from vfio_user_virtio.control import records
+from vfio_user_virtio.control.records import Range
 from vfio_user_virtio.errors import ConnectionLost, HostError
-from vfio_user_virtio.limits import PAGE_SIZE
+from vfio_user_virtio.limits import CONTROL_RANGES, PAGE_SIZE
 from vfio_user_virtio.migration.transfer_frames import FRAME_HEADER, Kind, Pages, ZeroPages
-from vfio_user_virtio_server.transfer.control_ends import ControlSource, ControlTarget, split_pages
+from vfio_user_virtio_server.transfer.control_ends import (
+    ControlSource,
+    ControlTarget,
+    batches,
+    frames_untrusted,
+    split_pages,
+)
 
 if TYPE_CHECKING:
     from tests.control.control_rig import ControlledServer
@@ -160,6 +168,7 @@ async def test_zero_pages_are_written_as_zeroes() -> None:
             memory.view(address, 4 << 20)[:] = b"\xff" * (4 << 20)
             await target.write_pages(ZeroPages(address + PAGE_SIZE, 3 << 20))
             await target.write_pages(Pages(address + (3 << 20) + PAGE_SIZE, b"\1" * PAGE_SIZE))
+            await target.load()
             after = bytes(memory.view(address, 4 << 20))
             assert after == (
                 b"\xff" * PAGE_SIZE
@@ -167,9 +176,29 @@ async def test_zero_pages_are_written_as_zeroes() -> None:
                 + b"\1" * PAGE_SIZE
                 + b"\xff" * ((1 << 20) - 2 * PAGE_SIZE)
             )
-            with pytest.raises(HostError, match="WriteMemory of 4096 bytes at 0xdead0000"):
-                await target.write_pages(Pages(0xDEAD_0000, bytes(PAGE_SIZE)))
+            await target.write_pages(Pages(0xDEAD_0000, bytes(PAGE_SIZE)))
+            with pytest.raises(HostError, match="WriteMemory of 4096 bytes from 0xdead0000 on"):
+                await target.load()
         await made.finish()
+
+
+@given(st.lists(st.integers(1, 3000), max_size=20))
+def test_ranges_are_read_in_batches(pages: list[int]) -> None:
+    ranges, iova = [], 0
+    for count in pages:
+        ranges.append(Range(iova, count * PAGE_SIZE))
+        iova += (count + 1) * PAGE_SIZE
+    parts = list(batches(ranges))
+    assert all(0 < sum(one.size for one in part) <= 4 << 20 for part in parts)
+    flat = [one for part in parts for one in part]
+    covered = [page for one in flat for page in range(one.iova, one.iova + one.size, PAGE_SIZE)]
+    wanted = [page for one in ranges for page in range(one.iova, one.iova + one.size, PAGE_SIZE)]
+    assert covered == wanted
+
+
+def test_many_small_ranges_are_many_batches() -> None:
+    parts = list(batches(Range(n * 2, 1) for n in range(2 * CONTROL_RANGES + 1)))
+    assert [len(part) for part in parts] == [CONTROL_RANGES, CONTROL_RANGES, 1]
 
 
 @given(st.lists(st.booleans(), max_size=12))
@@ -185,3 +214,9 @@ def test_pages_are_split_into_runs(zero: list[bool]) -> None:
     assert found == data
     kinds = [type(frame) for frame in frames]
     assert all(one is not other for one, other in itertools.pairwise(kinds)), "as few"
+
+
+@pytest.mark.parametrize("data", ["", "AAAA", "no base64", "=="])
+def test_a_server_that_lies_about_memory(data: str) -> None:
+    with pytest.raises(ConnectionLost, match="has not the bytes of its ranges"):
+        list(frames_untrusted(records.Pages([Range(0, PAGE_SIZE)], data)))
