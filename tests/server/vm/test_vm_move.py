@@ -43,6 +43,21 @@ MEMORY = (
 )
 
 
+TWO = """
+[control]
+socket_path = "{folder}/control"
+[[owner]]
+[[owner.member]]
+name = "one"
+socket_path = "{folder}/vf.sock"
+mac = "52:54:00:00:00:02"
+[[owner.member]]
+name = "two"
+socket_path = "{folder}/vf2.sock"
+mac = "52:54:00:00:00:03"
+"""
+
+
 @attrs.frozen
 class End:
     """A QEMU and its server."""
@@ -69,16 +84,21 @@ class Rig:
         self._stack = stack
         self._count = 0
 
-    async def end(self, *options: str, incoming: bool, devices: int = 1, more: str = "") -> End:
-        """`options` are the server's, `more` is a device of QEMU."""
+    async def end(self, *options: str, incoming: bool, second: bool = False, more: str = "") -> End:
+        """`options` are the server's, `more` is a device of QEMU; `second`: two of ours."""
         self._count += 1
         folder = self._folder / f"end{self._count}"
         folder.mkdir()
         socket, control = folder / "vf.sock", folder / "control"
-        common = ("--socket-path", str(socket), "--mac", "52:54:00:00:00:02", *options)
-        enter = self._stack.enter_async_context
-        await enter(serve(folder, *common, "--control-path", str(control)))
+        served = ("--socket-path", str(socket), "--mac", "52:54:00:00:00:02", *options)
+        served += ("--control-path", str(control))
         words = [*MEMORY, *vfio_user_pci(socket)]
+        if second:
+            (folder / "two.toml").write_text(TWO.format(folder=folder))
+            served = ("--config", str(folder / "two.toml"))
+            words += vfio_user_pci(folder / "vf2.sock", slot=2, ident="vf2")
+        enter = self._stack.enter_async_context
+        await enter(serve(folder, *served))
         words += ["-qmp", f"unix:{folder / 'qmp'},server=on,wait=off"]
         words += ["-incoming", "defer"] * incoming + ["-device", more] * bool(more)
         qmp = await enter(bare_qemu(self._bed, *words, name=folder.name))
@@ -183,6 +203,30 @@ async def test_the_source_is_kept_if_told(offline: bool, bed: Bed, tmp_path: Pat
         assert device.state == "STOP"
         for end in (source, target):
             assert (await end.qemu.facts()).capabilities == frozenset()
+
+
+async def test_two_devices(bed: Bed, tmp_path: Path) -> None:
+    """Each goes to its namesake, and all of them must be named."""
+    async with open_rig(bed, tmp_path) as rig:
+        source = await rig.end(incoming=False, second=True)
+        target = await rig.end(incoming=True, second=True)
+        devices = [
+            MovedDevice(ident, Place(source.server, name), Place(target.server, name))
+            for ident, name in (("vf", "one"), ("vf2", "two"))
+        ]
+        with pytest.raises(NotMovable, match="device vf2 of the source is not among those"):
+            await Move(source.qemu, target.qemu, devices[:1]).run()
+        done = Move(source.qemu, target.qemu, devices)
+        await done.run()
+        assert done.target_runs
+        assert done.failed == []
+        assert [device.state for device in await target.server.devices()] == ["RUNNING"] * 2
+        states = [device.pci for device in devices]
+        async with open_qtest(target.qemu.qmp) as qtest:
+            for device, state in zip(devices, states, strict=True):
+                there = await GuestFunction.find(target.qemu.qmp, qtest, device.ident)
+                assert state is not None
+                assert (await pci_state.read_config(there)).config == state.config
 
 
 async def test_what_does_not_fit_is_refused_untouched(bed: Bed, tmp_path: Path) -> None:
