@@ -231,7 +231,7 @@ async def test_a_pf_that_goes_away_is_lost() -> None:
     async with served(pf.function) as client, owned(client, "pf") as owner:
         client.close()
         for _ in range(2):
-            with pytest.raises(HostError, match="hung up|closed on our side"):
+            with pytest.raises(HostError, match=r"hung up|closed on our side"):
                 await owner.execute(QUERY, 16)
         owner._look_at_status()
         await owner.lost.wait()
