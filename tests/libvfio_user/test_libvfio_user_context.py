@@ -196,8 +196,8 @@ async def test_callbacks_refuse_with_an_errno_and_fail_with_what_they_raise(
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            while not context.attach():
-                await trio.lowlevel.wait_readable(context.poll_fd)
+            await trio.lowlevel.wait_readable(context.poll_fd)
+            assert await trio.to_thread.run_sync(context.attach)  # which waits for VERSION
             await trio.to_thread.run_sync(run)
 
         def run() -> None:

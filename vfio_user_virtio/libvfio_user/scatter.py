@@ -92,6 +92,9 @@ class ScatterList:
         reply is waited for.  A client that sends a command meanwhile breaks the session, unless it
         negotiated a twin socket.
         """
+        if direct and self.is_mappable:
+            with self.map() as pieces:
+                return b"".join(pieces)
         data = self._ffi.new("char[]", self.size)
         flags = DIRECT_ACCESS if direct else 0
         result = self._lib.vfu_sgl_read(self._context.handle, self._list, self.pieces, data, flags)
@@ -103,6 +106,13 @@ class ScatterList:
         """Write it whole, see `read`."""
         if len(data) != self.size:
             raise ValueError(f"{len(data)} bytes are not the {self.size} of the list")
+        if direct and self.is_mappable:
+            if not self.protection & Protection.WRITE:
+                raise OSError(errno.EPERM, "the list was not asked for writing")
+            with self.map() as pieces:
+                for piece in pieces:
+                    piece[:], data = data[: len(piece)], data[len(piece) :]
+            return
         flags = DIRECT_ACCESS if direct else 0
         source = self._ffi.from_buffer(data)
         result = self._lib.vfu_sgl_write(
