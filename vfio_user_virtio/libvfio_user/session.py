@@ -8,30 +8,32 @@ block, on a client that does not read or a device that takes its time, and nobod
 
 What differs from the native engine, which is the default:
 
-====================================  ==========================================================
-the native engine                     this one
-====================================  ==========================================================
-answers a register access in one      takes two changes of thread more
-wake-up
-REGION_WRITE_MULTI,                   unknown to the library: EINVAL, and not offered in VERSION;
-MIG_GET_PRECOPY_INFO, MIG_DATA_SIZE   precopy rounds are the client's affair
-DMA_READ and DMA_WRITE of memory      never sent: the library loses its place if the client sends
-without an fd                         a command meanwhile, as QEMU does; such memory cannot be used
-P2P migration states                  unknown to the library, never offered
-MIGRATION says what the device can    always says STOP_COPY and PRE_COPY
-RESET leads back to RUNNING           resets the device, and the library stays in its state; in STOP
-                                      and STOP_COPY it refuses RESET, and all but register access
-                                      and migration
-VERSION with max_dma_maps, pgsizes    neither; any client page size but the host's is refused
-DMA_UNMAP of many mappings at once    only exactly one, or all by flag; else ENOENT
-dirty pages of any range and page     from the start of one mapping, in pages of the size that
-size                                  DMA_LOGGING_START named; else ENOTSUP
-IRQ flags                             EVENTFD alone is shown
-fds where none belong: EINVAL         closed, the command is carried out
-a device's short fd-less areas        a mappable region without areas is shown with one
-an error reply is a header            some carry a payload
-the client tells its own limit        that limit is not kept by replies to REGION_READ
-====================================  ==========================================================
+=================================  ===============================================================
+the native engine                  this one
+=================================  ===============================================================
+a register access is one wake-up   two changes of thread more, about six times as long
+REGION_WRITE_MULTI, MIG_DATA_SIZE  unknown to the library, as is MIG_GET_PRECOPY_INFO; and what is
+                                   unknown, command or feature, is EINVAL, not ENOSYS or ENOTTY
+VERSION grants what was proposed   limits of its own (1 MiB, 8 fds), whatever the client's; 0.2 to
+                                   who asks for it; a page size other than the host's is refused
+DMA_READ and DMA_WRITE of memory   never sent: the library loses its place if the client sends a
+without an fd                      command meanwhile, as QEMU does; such memory cannot be used
+DMA_UNMAP of all in a range        of exactly one mapping, or of all by flag; else ENOENT
+dirty pages of any range, in       from the start of one mapping on, in pages of the size that
+pages of any size                  DMA_LOGGING_START named; else ENOENT, EOPNOTSUPP
+P2P states; MIGRATION says what    never; always STOP_COPY and PRE_COPY
+the device can do
+RESET leads back to RUNNING        resets the device, but the library stays in its state; in STOP
+                                   and STOP_COPY it refuses RESET, DMA_MAP, DEVICE_SET_IRQS, …
+a device that fails ends its       answers EIO first
+session
+an error reply is a header         some carry a payload; a reply to an access of 0 bytes has none
+fds where none belong: EINVAL      closed, and the command carried out
+IRQ flags as the device has them   EVENTFD alone, for every index
+a region without sparse areas      is shown with one area
+a message may take 10 s            longer, if it is none of those that are looked at beforehand
+statistics, `status`               none
+=================================  ===============================================================
 
 Nothing else differs that a client could see, and nothing that a guest could.  In particular, what
 the library alone would not do is done around it: it serves sockets that we accepted
