@@ -12,6 +12,7 @@ import attrs
 import trio
 
 from vfio_user_virtio_server.vm.errors import QemuError
+from vfio_user_virtio_server.vm.qtest import remove_socket_untrusted, socket_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -169,10 +170,15 @@ class Qemu:
 
     async def quit(self) -> None:
         """End QEMU, and until it has ended.  Raises QemuError."""
+        path: str | None = None
         with trio.move_on_after(END_SECONDS):
+            with contextlib.suppress(QemuError):
+                path = await socket_untrusted(self.qmp)
             with contextlib.suppress(QemuError):
                 await self.qmp.execute("quit")
             await self.qmp.wait_gone()
+            if path is not None:
+                remove_socket_untrusted(path)
             return
         raise QemuError(f"{self.name} does not end in {END_SECONDS:g} s")
 

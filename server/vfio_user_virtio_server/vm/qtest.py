@@ -24,6 +24,7 @@ import contextlib
 import os
 import socket
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -117,7 +118,7 @@ async def open_qtest(qmp: Qmp) -> AsyncIterator[Qtest]:
 
     Raises QemuError.
     """
-    path = await _path_untrusted(qmp) or await _add(qmp)
+    path = await socket_untrusted(qmp) or await _add(qmp)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with trio.socket.from_stdlib_socket(sock) as connected:
         sock.setblocking(False)
@@ -131,7 +132,7 @@ async def open_qtest(qmp: Qmp) -> AsyncIterator[Qtest]:
         yield Qtest(connected, qmp.name)
 
 
-async def _path_untrusted(qmp: Qmp) -> str | None:
+async def socket_untrusted(qmp: Qmp) -> str | None:
     """Where the protocol that was added earlier listens; None if there is none."""
     found = await qmp.execute("query-chardev")
     for one in found if isinstance(found, list) else ():
@@ -141,6 +142,16 @@ async def _path_untrusted(qmp: Qmp) -> str | None:
                 place = filename.removeprefix("disconnected:").removeprefix("unix:")
                 return place.partition(",")[0]
     return None
+
+
+def remove_socket_untrusted(path: str) -> None:
+    """Remove what `_add` has made, if that is what `path` is, when its QEMU has ended."""
+    folder = Path(path).parent
+    if folder.name.startswith(f"{NAME}-") and folder.parent == Path(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):  # QEMU may have removed the socket, but not its folder
+            os.unlink(path)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 async def _add(qmp: Qmp) -> str:
