@@ -110,7 +110,7 @@ async def test_no_owner(inner: InnerFacts, best_way: str, caplog: pytest.LogCapt
     async with physical_functions(config_of(inner, best_way, "a", pf=None)) as (device,):
         with pytest.raises(ClientError, match="is not offered"):
             await device.feature(Feature.MIGRATION, FeatureOperation.GET, b"")
-    assert "no PF is ours: devices cannot be migrated" in caplog.text
+    assert "no owner is ours: devices cannot be migrated" in caplog.text
 
 
 async def test_an_owner_that_the_kernel_has(inner: InnerFacts, best_way: str) -> None:
