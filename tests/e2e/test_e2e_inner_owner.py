@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 MACHINES: Final = (
     InnerMachine(kernel=Kernel.OWN, iommu=InnerIommu.INTEL),
-    InnerMachine(kernel=Kernel.OWN, iommu=InnerIommu.VIRTIO),
     InnerMachine(kernel=Kernel.DEBIAN, iommu=InnerIommu.INTEL),
 )
 LINUX_COMMANDS: Final = ("LIST_QUERY", "LIST_USE")
