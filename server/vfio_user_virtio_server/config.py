@@ -43,6 +43,7 @@ attributes of these classes and of `MemberConfig`, which also has the ranges:
     [[physical]]                     # physical VFs of one PF
     name = "red"                     # default: physical1, physical2, …
     pf = "0000:03:00.0"              # own it; default: the VFs' PF, if vfio-pci holds it
+    num_vfs = 4                      # have so many VFs of `pf`; default: as many as there are
     vf_token = "0b0b…"               # of the PF, if another process owns it
     way = "cdev"                     # or "group"; default: the best that the kernel has
     p2p = true

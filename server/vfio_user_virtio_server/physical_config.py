@@ -101,13 +101,18 @@ def physical_of(table: Table, *, default_name: str) -> PhysicalOwnerConfig:
     if not 1 <= len(tables) <= limits.MAX_MEMBERS:
         raise table.error("vf", f"there are 1 to {limits.MAX_MEMBERS} VFs, not {len(tables)}")
     vfs = tuple(_vf(vf, owner_name=name, number=number) for number, vf in enumerate(tables, 1))
+    pf = table.parse("pf", PciAddress.parse)
+    num_vfs = table.check("num_vfs", check_member_id)
+    if num_vfs is not None and pf is None:
+        raise table.error("num_vfs", "goes with pf: name the PF that is to have them")
     found = PhysicalOwnerConfig(
         name=name,
         vfs=vfs,
         physical=PhysicalConfig(
             vfs=tuple(served.vf for served in vfs),
-            pf=table.parse("pf", PciAddress.parse),
+            pf=pf,
             vf_token=table.parse("vf_token", parse_token),
+            num_vfs=num_vfs,
             states=VFIO_USER if table.take("p2p", bool) is False else EVERYTHING,
             way=table.parse("way", parse_way),
             unsafe_noiommu=table.take("unsafe_noiommu", bool) or False,

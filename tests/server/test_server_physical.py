@@ -49,6 +49,7 @@ WHOLE: Final = f"""
 [[physical]]
 name = "red"
 pf = "{PF}"
+num_vfs = 4
 vf_token = "{TOKEN}"
 way = "group"
 p2p = false
@@ -76,6 +77,7 @@ def test_every_key_arrives() -> None:
     assert physical.vfs == (served.vf,)
     assert (physical.pf, physical.vf_token, physical.way) == (PF, TOKEN, Way.GROUP)
     assert (physical.states, physical.unsafe_noiommu) == (VFIO_USER, True)
+    assert physical.num_vfs == 4
 
 
 def test_what_is_left_out_has_a_default() -> None:
@@ -105,6 +107,8 @@ def test_software_and_physical_devices_go_together() -> None:
         (WHOLE.replace(str(TOKEN), "x"), "VF token"),
         (WHOLE.replace("map_bars", "map_bar"), "map_bars"),
         (WHOLE.replace("p2p", "mtu"), "mtu"),
+        (WHOLE.replace("num_vfs = 4", "num_vfs = 0"), "1 to 255"),
+        (WHOLE.replace(f'pf = "{PF}"\n', ""), "goes with pf"),
         (WHOLE + '[[physical.vf]]\naddress = "03:00.2"\n', "PCI address"),
     ],
 )

@@ -13,6 +13,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from vfio_user_virtio.backends.vfio import binding, discovery, sysfs
 from vfio_user_virtio.backends.vfio.function import VfFunction
@@ -131,6 +132,18 @@ async def test_vfs_of_a_pf_that_is_no_owner_are_served_without_migration(
         with pytest.raises(HostError, match="does not offer ADMIN_VQ"):
             async with physical_functions(PhysicalConfig(vfs=vfs, pf=pf, way=how)):
                 pass
+
+
+async def test_a_pf_that_is_held_for_its_token_is_given_back(pf: PciAddress, way: str) -> None:
+    with planned(binding.bind(pf)), planned(binding.vfs(pf, 1)):
+        (vf,) = sysfs.virtual_functions(pf).values()
+        config = PhysicalConfig(vfs=(VfConfig(address=vf),), way=Way[way.upper()])
+        async with physical_functions(config):
+            plan = binding.unbind(pf)
+            with trio.fail_after(60):  # the kernel waits for as long as somebody has it open
+                await trio.to_thread.run_sync(binding.execute, plan, abandon_on_cancel=True)
+            assert sysfs.driver(pf) != "vfio-pci"
+            assert sysfs.virtual_functions(pf) == {}
 
 
 async def test_a_pf_of_the_kernel_is_not_taken(pf: PciAddress) -> None:

@@ -22,10 +22,10 @@ from vfio_user_virtio.virtio.features import Feature
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from vfio_user_virtio.backends.vfio.opening import Way
+    from vfio_user_virtio.backends.vfio.opening import OpenedFunction, Way
     from vfio_user_virtio.backends.vfio.owner import VfioOwner
     from vfio_user_virtio.backends.vfio.sysfs import PciAddress
 
@@ -52,13 +52,21 @@ async def owned_function(
     has_vfs = sysfs.sriov(address, root) is not None
     options = OpenOptions(way=way, vf_token=vf_token if has_vfs else None)
     opened = await trio.to_thread.run_sync(lambda: open_pf(address, options, root=root))
-    access = KernelAccess(opened)
-    try:
+    with driven(opened) as access:
         async with (
             owned(access, str(address), iova=iova, allow_untranslated=allow_untranslated) as owner,
             having_vfs(address, vfs, owner, root),
         ):
             yield owner
+
+
+@contextlib.contextmanager
+def driven(opened: OpenedFunction) -> Iterator[KernelAccess]:
+    """`opened` as its driver reaches it, for the length of the block; then it is closed, and only
+    then is the memory let go of that it could reach."""
+    access = KernelAccess(opened)
+    try:
+        yield access
     finally:
         opened.close()
         access.close()

@@ -53,6 +53,11 @@ _MULTIPLIER: Final = struct.Struct("<I")
 _RESET_PAUSE: Final = 0.001
 
 
+class NotAnOwner(HostError):
+    """A function without an administration virtqueue: nothing is wrong with it, but it owns no VFs
+    that migrate."""
+
+
 class Register(enum.Enum):
     """Fields of the common configuration structure: offset and size in bytes."""
 
@@ -171,8 +176,8 @@ class OwnerTransport:
         await self.write(Register.DEVICE_STATUS, Status.ACKNOWLEDGE | Status.DRIVER)
         offered = await self._offered()
         if missing := REQUIRED & ~offered:
-            raise self.error(
-                f"it does not offer {', '.join(feature_names(missing))}: "
+            raise NotAnOwner(
+                f"{self.name}: it does not offer {', '.join(feature_names(missing))}: "
                 "it cannot be the owner of VFs that migrate"
             )
         if not allow_untranslated and not offered & Feature.ACCESS_PLATFORM.mask:

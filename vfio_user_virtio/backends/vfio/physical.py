@@ -30,7 +30,8 @@ from vfio_user_virtio.backends.vfio.iommufd import DEV
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, open_function, open_pf
 from vfio_user_virtio.backends.vfio.owner import owned
-from vfio_user_virtio.backends.vfio.owner_access import KernelAccess
+from vfio_user_virtio.backends.vfio.owner_opening import driven, having_vfs
+from vfio_user_virtio.backends.vfio.owner_transport import NotAnOwner
 from vfio_user_virtio.backends.vfio.owner_watch import watched
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.admin_client import AdminClient
@@ -74,6 +75,7 @@ class PhysicalConfig:
     there is no `vf_token`.
 
     `vf_token`: of the PF that another process owns, or that ours is to have; else it has its own.
+    `num_vfs`: have so many VFs of `pf` meanwhile; None: leave their number alone.
     `states`: the migration states on offer.  `way`, `unsafe_noiommu`: see `OpenOptions`.
     `sees_memory`: see `VfFunction`.
     """
@@ -81,6 +83,7 @@ class PhysicalConfig:
     vfs: tuple[VfConfig, ...]
     pf: PciAddress | None = None
     vf_token: uuid.UUID | None = None
+    num_vfs: int | None = None
     states: Options = EVERYTHING
     way: Way | None = None
     unsafe_noiommu: bool = False
@@ -111,13 +114,13 @@ async def physical_functions(
         if pf is None and config.vf_token is None:
             pf = _vfio_owner(config.vfs, roots)
         token = config.vf_token or uuid.uuid4()
-        owner = None if pf is None else await _own(stack, pf, token, config, roots)
+        functions: list[VfFunction] = []
+        owner = None if pf is None else await _own(stack, functions, pf, token, config, roots)
         if owner is None:
             _log.warning(
                 "no owner is ours: devices cannot be migrated; give a PF that has an "
                 "administration virtqueue to vfio-pci, vfio-user-virtio bind, and name it with --pf"
             )
-        functions: list[VfFunction] = []
         devices: list[Device] = []
         for vf in config.vfs:
             opened = await _open(vf.address, token, config, roots)
@@ -150,12 +153,17 @@ def _vfio_owner(vfs: Sequence[VfConfig], roots: Roots) -> PciAddress | None:
 
 async def _own(
     stack: contextlib.AsyncExitStack,
+    functions: list[VfFunction],
     pf: PciAddress,
     token: uuid.UUID,
     config: PhysicalConfig,
     roots: Roots,
 ) -> PartsOwner | None:
-    """The owner that `pf` is; None if it is none, and nobody has said that it is."""
+    """The owner that `pf` is; None if it is none, and nobody has said that it is.
+
+    Then it is one of `functions`, which are watched: its VFs want its token, so it stays open until
+    the kernel wants it back.
+    """
     try:
         opened = await _open(pf, token, config, roots, open_pf)
     except KernelRefusal as error:
@@ -165,16 +173,16 @@ async def _own(
             f"{error}; or, if it is to own the PF, name the VF token that it has set (--vf-token)",
             exit_code=os.EX_UNAVAILABLE,
         ) from error
-    access = KernelAccess(opened)
-    stack.callback(access.close)
-    stack.callback(opened.close)
+    access = stack.enter_context(driven(opened))
     try:
         queue = await stack.enter_async_context(owned(access, str(pf)))
-    except HostError as error:
+    except NotAnOwner as error:
         if config.pf is not None:
             raise
-        _log.warning("%s", error)  # it stays open all the same: its VFs want its token
+        _log.warning("%s", error)
+        functions.append(VfFunction(opened))
         return None
+    await stack.enter_async_context(having_vfs(pf, config.num_vfs, queue, roots.sys))
     parts_owner = PartsOwner(AdminClient(queue))
     support = await parts_owner.discover()
     if support.lack is not None:
