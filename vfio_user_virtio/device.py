@@ -15,9 +15,12 @@ Errors: `ClientError` becomes an error reply; nothing else may leave a call.
 from __future__ import annotations
 
 import enum
+import errno
 from typing import Final, Protocol
 
 import attrs
+
+from vfio_user_virtio.errors import ClientError
 
 
 class VfioRegion(enum.IntEnum):
@@ -281,6 +284,22 @@ class Device(Protocol):
     async def release(self) -> None:
         """The session is over: stop, close every fd and mapping of it, keep the rest."""
         ...
+
+
+class WithoutMigration:
+    """How a `Device` that does not migrate answers who asks it to."""
+
+    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
+        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
+
+    async def migration_read(self, count: int) -> bytes | memoryview:
+        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
+
+    async def migration_write(self, data: bytes | memoryview) -> None:
+        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
+
+    async def precopy_info(self) -> tuple[int, int]:
+        raise ClientError(errno.EINVAL, "precopy info: this device does not offer migration")
 
 
 U64_END: Final = 1 << 64

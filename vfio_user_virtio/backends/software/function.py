@@ -15,10 +15,17 @@ The function knows virtio's transport, not the network device: that is behind `F
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vfio_user_virtio.backends.software.interrupts import Interrupts
-from vfio_user_virtio.device import DeviceFlags, DeviceInfo, RegionFlags, RegionInfo, VfioRegion
+from vfio_user_virtio.device import (
+    DeviceFlags,
+    DeviceInfo,
+    RegionFlags,
+    RegionInfo,
+    VfioRegion,
+    WithoutMigration,
+)
 from vfio_user_virtio.pci.config_space import (
     CONFIG_SIZE,
     Command,
@@ -42,6 +49,9 @@ from vfio_user_virtio.virtio.pci_capabilities import (
     add_notify_structure,
     add_structure,
 )
+
+if TYPE_CHECKING:
+    from vfio_user_virtio.device import IrqInfo, IrqRequest
 
 VIRTIO_VENDOR: Final = 0x1AF4
 VIRTIO_NET_DEVICE: Final = 0x1041
@@ -295,6 +305,30 @@ class Function:
     @staticmethod
     def _bar_size(bar: int) -> int:
         return _REGIONS[VfioRegion(bar)].size if bar in (MSIX_BAR, VIRTIO_BAR) else 0
+
+
+class FunctionFront(WithoutMigration):
+    """The part of a `Device` that is its `function` and no more."""
+
+    function: Function
+
+    def device_info(self) -> DeviceInfo:
+        return self.function.info()
+
+    def region_info(self, index: int) -> RegionInfo:
+        return self.function.region_info(index)
+
+    def irq_info(self, index: int) -> IrqInfo:
+        return self.function.interrupts.info(index)
+
+    async def region_read(self, index: int, offset: int, count: int) -> bytes:
+        return self.function.read(index, offset, count)
+
+    async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
+        self.function.write(index, offset, data)
+
+    async def set_irqs(self, request: IrqRequest) -> None:
+        self.function.interrupts.set_irqs(request)
 
 
 assert ENTRY_SIZE * 2 * 64 <= PBA_OFFSET

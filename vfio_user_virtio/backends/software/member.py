@@ -19,7 +19,6 @@ nowhere; the queues then pause until the next mapping.
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +28,7 @@ import trio
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.announcement import rarp_request
 from vfio_user_virtio.backends.software.dma_logging import MemberLogging
-from vfio_user_virtio.backends.software.function import Function
+from vfio_user_virtio.backends.software.function import Function, FunctionFront
 from vfio_user_virtio.backends.software.member_legacy import MemberLegacy
 from vfio_user_virtio.backends.software.member_operator import MemberOperator
 from vfio_user_virtio.backends.software.ports import (
@@ -41,7 +40,7 @@ from vfio_user_virtio.backends.software.reception import Reception
 from vfio_user_virtio.backends.software.stopped_mode import StoppedMode
 from vfio_user_virtio.backends.software.transmitter import Outcome
 from vfio_user_virtio.device import ResetCause
-from vfio_user_virtio.errors import ClientError, DriverError
+from vfio_user_virtio.errors import DriverError
 from vfio_user_virtio.memory.access import GuestAccess
 from vfio_user_virtio.memory.guest_memory import GuestMemory
 from vfio_user_virtio.pci.config_space import ConfigEvents
@@ -70,12 +69,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.ports import Buffer
     from vfio_user_virtio.backends.software.switch import Switch
     from vfio_user_virtio.device import (
-        DeviceInfo,
         DmaMapping,
-        FeatureOperation,
-        IrqInfo,
-        IrqRequest,
-        RegionInfo,
         RemoteMemory,
     )
 
@@ -98,7 +92,7 @@ class MemberStatistics:
     driver_errors: int
 
 
-class Member:
+class Member(FunctionFront):
     """One member on `switch`.  A `Device`, a `DirectPort` and a `Sender`."""
 
     def __init__(self, name: str, config: MemberConfig, switch: Switch) -> None:
@@ -150,24 +144,6 @@ class Member:
 
     # --- Device: what the client asks ----------------------------------------------------------
 
-    def device_info(self) -> DeviceInfo:
-        return self.function.info()
-
-    def region_info(self, index: int) -> RegionInfo:
-        return self.function.region_info(index)
-
-    def irq_info(self, index: int) -> IrqInfo:
-        return self.function.interrupts.info(index)
-
-    async def region_read(self, index: int, offset: int, count: int) -> bytes:
-        return self.function.read(index, offset, count)
-
-    async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
-        self.function.write(index, offset, data)
-
-    async def set_irqs(self, request: IrqRequest) -> None:
-        self.function.interrupts.set_irqs(request)
-
     async def dma_map(self, mapping: DmaMapping) -> None:
         self.memory.map(mapping)
         self._queues.slow.mapped()
@@ -182,18 +158,6 @@ class Member:
 
     async def reset(self, cause: ResetCause) -> None:
         self._reset(cause)
-
-    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
-        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
-
-    async def migration_read(self, count: int) -> bytes:
-        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
-
-    async def migration_write(self, data: bytes | memoryview) -> None:
-        raise ClientError(errno.EINVAL, "migration data: this device does not offer migration")
-
-    async def precopy_info(self) -> tuple[int, int]:
-        raise ClientError(errno.EINVAL, "precopy info: this device does not offer migration")
 
     async def serve(self, memory: RemoteMemory) -> None:
         self._in_session = True

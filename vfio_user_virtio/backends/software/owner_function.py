@@ -19,18 +19,17 @@ only where asked, for a driver that insists.
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
 from vfio_user_virtio import limits
 from vfio_user_virtio.backends.software.admin_queue import NO_DELAY, SoftwareAdminQueue
 from vfio_user_virtio.backends.software.administration import Administration
-from vfio_user_virtio.backends.software.function import Function
+from vfio_user_virtio.backends.software.function import Function, FunctionFront
 from vfio_user_virtio.backends.software.owner_function_config import ADMIN_QUEUE
 from vfio_user_virtio.backends.software.owner_function_queue import AdminVirtqueue
 from vfio_user_virtio.device import ResetCause
-from vfio_user_virtio.errors import ClientError, DriverError
+from vfio_user_virtio.errors import DriverError
 from vfio_user_virtio.memory.access import GuestAccess
 from vfio_user_virtio.memory.guest_memory import GuestMemory
 from vfio_user_virtio.pci.config_space import ConfigEvents
@@ -44,19 +43,14 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.backends.software.owner_function_config import OwnerFunctionConfig
     from vfio_user_virtio.device import (
-        DeviceInfo,
         DmaMapping,
-        FeatureOperation,
-        IrqInfo,
-        IrqRequest,
-        RegionInfo,
         RemoteMemory,
     )
 
 _log: Final = logging.getLogger(__name__)
 
 
-class OwnerFunction:
+class OwnerFunction(FunctionFront):
     """The PF of `owner`, called `name` in logs.  A `Device`."""
 
     def __init__(
@@ -83,24 +77,6 @@ class OwnerFunction:
 
     # --- Device: what the client asks ----------------------------------------------------------
 
-    def device_info(self) -> DeviceInfo:
-        return self.function.info()
-
-    def region_info(self, index: int) -> RegionInfo:
-        return self.function.region_info(index)
-
-    def irq_info(self, index: int) -> IrqInfo:
-        return self.function.interrupts.info(index)
-
-    async def region_read(self, index: int, offset: int, count: int) -> bytes:
-        return self.function.read(index, offset, count)
-
-    async def region_write(self, index: int, offset: int, data: bytes | memoryview) -> None:
-        self.function.write(index, offset, data)
-
-    async def set_irqs(self, request: IrqRequest) -> None:
-        self.function.interrupts.set_irqs(request)
-
     async def dma_map(self, mapping: DmaMapping) -> None:
         self.memory.map(mapping)
 
@@ -109,18 +85,6 @@ class OwnerFunction:
 
     async def reset(self, cause: ResetCause) -> None:
         self._reset(cause)
-
-    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
-        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered by a PF")
-
-    async def migration_read(self, count: int) -> bytes:
-        raise ClientError(errno.EINVAL, "migration data: a PF does not migrate")
-
-    async def migration_write(self, data: bytes | memoryview) -> None:
-        raise ClientError(errno.EINVAL, "migration data: a PF does not migrate")
-
-    async def precopy_info(self) -> tuple[int, int]:
-        raise ClientError(errno.EINVAL, "precopy info: a PF does not migrate")
 
     async def serve(self, memory: RemoteMemory) -> None:
         self._access = GuestAccess(self.memory, memory)

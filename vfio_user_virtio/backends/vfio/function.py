@@ -49,6 +49,7 @@ from vfio_user_virtio.device import (
     SparseArea,
     VfioIrq,
     VfioRegion,
+    WithoutMigration,
 )
 from vfio_user_virtio.errors import ClientError, HostError
 from vfio_user_virtio.limits import INLINE_REGISTER_BYTES
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from vfio_user_virtio.backends.vfio.opening import OpenedFunction
     from vfio_user_virtio.device import (
         DmaMapping,
-        FeatureOperation,
         IrqInfo,
         IrqRequest,
         RemoteMemory,
@@ -76,8 +76,9 @@ _NUM_REGIONS: Final = VfioRegion.VGA + 1
 _ABSENT: Final = RegionInfo(0, RegionFlags(0))
 
 
-class VfFunction:
-    """The function that `opened` is, which this object owns.
+class VfFunction(WithoutMigration):
+    """The function that `opened` is, which this object owns; whoever owns the PF adds migration
+    (`MigratableDevice`).
 
     `map_bars`: whether clients may map what can be mapped; `trapped` is left out of that, beside
     the MSI-X table.  `sees_memory`: clients' memory is mapped here too, for who moves guests.
@@ -185,20 +186,6 @@ class VfFunction:
         with self._answering():
             await trio.to_thread.run_sync(self._device.reset)
 
-    # --- migration: whoever owns the PF adds it (`MigratableDevice`) -----------------------------
-
-    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
-        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
-
-    async def migration_read(self, count: int) -> bytes:
-        raise _no_migration()
-
-    async def migration_write(self, data: bytes | memoryview) -> None:
-        raise _no_migration()
-
-    async def precopy_info(self) -> tuple[int, int]:
-        raise _no_migration()
-
     # --- a session -----------------------------------------------------------------------------
 
     def work(self) -> None:
@@ -286,7 +273,3 @@ class VfFunction:
             yield
         except KernelRefusal as error:
             raise ClientError(error.errno, str(error)) from error
-
-
-def _no_migration() -> ClientError:
-    return ClientError(errno.EINVAL, "migration data: this device does not offer migration")
