@@ -66,6 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=argument(values.parse_socket_path),
             help=f"socket of the {what}",
         )
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="save the stream there, for `image show`; if the migration fails, as far as it came",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=argument(values.parse_seconds),
+        default=ANSWER_SECONDS,
+        help=f"how long a server may take for one answer (default: {ANSWER_SECONDS:g})",
+    )
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the source is treated and what is told of it, for `send` too."""
     parser.add_argument(
         "--no-precopy", action="store_true", help="stop the source before anything is saved"
     )
@@ -78,18 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keep-source", action="store_true", help="let the source run on; otherwise it is stopped"
-    )
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        help="save the stream there, for `image show`; if the migration fails, as far as it came",
-    )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=argument(values.parse_seconds),
-        default=ANSWER_SECONDS,
-        help=f"how long a server may take for one answer (default: {ANSWER_SECONDS:g})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

@@ -34,7 +34,7 @@ from vfio_user_virtio.migration.transfer_stream import BACKWARD
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
-from vfio_user_virtio_server.migrate import parse_rounds
+from vfio_user_virtio_server.migrate import add_source_arguments
 from vfio_user_virtio_server.progress import ProgressLine
 from vfio_user_virtio_server.report import Report
 from vfio_user_virtio_server.transfer import options as ends_of
@@ -82,26 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument(values.parse_fd),
         help="a pipe, or a socket that is connected to a receiver",
     )
-    parser.add_argument(
-        "--no-precopy", action="store_true", help="stop the source before anything is saved"
-    )
-    parser.add_argument(
-        "--rounds",
-        metavar="N",
-        type=argument(parse_rounds),
-        default=0,
-        help="look N times for what has changed before the source is stopped, once a second",
-    )
-    parser.add_argument(
-        "--keep-source", action="store_true", help="let the source run on; otherwise it is stopped"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--report",
-        metavar="FILE",
-        type=argument(report.check_path),
-        help="draw a time line of the phases there, as .html or .svg",
-    )
+    add_source_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -48,6 +48,12 @@ def inner() -> InnerFacts:
     )
 
 
+@pytest.fixture
+def best_way(inner: InnerFacts) -> str:
+    """The way into VFIO that is taken where there is a choice."""
+    return inner.ways[-1]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for a `way` runs once for each that this host offers."""
     if "way" in metafunc.fixturenames:

@@ -8,15 +8,6 @@ from __future__ import annotations
 import json
 import os
 
-import pytest
-
 FUNCTIONS = json.loads(os.environ.get("INNER_HOST", "{}")).get("functions", [])
 
 collect_ignore_glob = [] if len(FUNCTIONS) == 7 else ["test_*.py"]
-
-
-@pytest.fixture
-def best_way() -> str:
-    """The way into VFIO that is taken where there is a choice."""
-    ways: list[str] = json.loads(os.environ["INNER_HOST"])["ways"]
-    return ways[-1]
