@@ -39,7 +39,8 @@ from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.dial import session
 from vfio_user_virtio_server.progress import ProgressLine
-from vfio_user_virtio_server.report import Report, Span
+from vfio_user_virtio_server.report import Report
+from vfio_user_virtio_server.spans import Span
 
 if TYPE_CHECKING:
     import argparse

@@ -26,6 +26,8 @@ from vfio_user_virtio_server.drawing import INK, Drawing, escaped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from vfio_user_virtio_server.spans import Span
+
 SUFFIXES: Final = (".html", ".svg")
 
 _WIDTH: Final = 960
@@ -46,25 +48,6 @@ _ANSWERED: Final = "#3f8f5b"
 _LOST: Final = "#b3202c"
 _FAINT: Final = "#6b7785"
 _GRID: Final = "#e3e7ec"
-
-
-@attrs.define
-class Span:
-    """A phase: when it began, in seconds of any clock, how long it took, and what moved in it.
-
-    `down`: the guest, or its device, did not run meanwhile.
-    """
-
-    name: str
-    start: float
-    seconds: float = 0.0
-    byte_count: int = 0
-    page_count: int = 0
-    down: bool = False
-
-    @property
-    def end(self) -> float:
-        return self.start + self.seconds
 
 
 @attrs.frozen

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import report
-from vfio_user_virtio_server.report import Ping, Report, Span
+from vfio_user_virtio_server.report import Ping, Report
+from vfio_user_virtio_server.spans import Span
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,7 +31,7 @@ from vfio_user_virtio.migration.transfer_frames import (
 )
 from vfio_user_virtio.protocol.migration import MigrationFlags
 from vfio_user_virtio.transport.device_migration import ROUND_SECONDS
-from vfio_user_virtio_server.report import Span
+from vfio_user_virtio_server.spans import Span, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -271,10 +271,6 @@ class Sending:
 
     @contextlib.contextmanager
     def _span(self, name: str) -> Iterator[None]:
-        span = Span(name, start=trio.current_time(), down=name in DOWNTIME)
-        self.spans.append(span)
-        self.on_progress(self)
-        try:
+        with timed(self.spans, name, down=name in DOWNTIME):
+            self.on_progress(self)
             yield
-        finally:
-            span.seconds = trio.current_time() - span.start

@@ -39,6 +39,7 @@ import trio
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.limits import PAGE_SIZE
 from vfio_user_virtio.migration.preflight import Preflight
+from vfio_user_virtio_server.spans import timed
 from vfio_user_virtio_server.vm import comparison, pci_state
 from vfio_user_virtio_server.vm.errors import NotMovable, QemuError
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
@@ -49,9 +50,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from vfio_user_virtio.control.records import Range
+    from vfio_user_virtio_server.spans import Span
     from vfio_user_virtio_server.vm.control import ServerControl
     from vfio_user_virtio_server.vm.pci_state import PciState
-    from vfio_user_virtio_server.vm.qemu import Qemu
+    from vfio_user_virtio_server.vm.qemu import Facts, Qemu, Ram
+    from vfio_user_virtio_server.vm.qmp import Event
     from vfio_user_virtio_server.vm.qtest import Qtest
 
 MARKED_AT_ONCE: Final = 1024
@@ -59,6 +62,10 @@ MARKED_AT_ONCE: Final = 1024
 
 EVENT_SECONDS: Final = 2.0
 """How long an event of a command that has been answered may be late."""
+
+PRE_COPY: Final = "pre-copy"
+SWITCH_OVER: Final = "switch over"
+"""The steps in which QEMU sends the guest's memory."""
 
 _FDNAME: Final = "vfio-user-virtio-migration"
 
@@ -91,14 +98,6 @@ class MovedDevice:
 
 
 @attrs.frozen
-class Phase:
-    """A step that was done and its length in seconds."""
-
-    name: str
-    seconds: float
-
-
-@attrs.frozen
 class Step:
     """`do` and, if it changes something, `undo`."""
 
@@ -111,7 +110,8 @@ class Move:
     """One guest's way from `source` to `target`; `run` does it, once.
 
     `channel`: where the QEMUs meet, as ``migrate`` has it; None makes a socket pair, which is for
-    two on one host.  `offline`: stop the guest first.  `on_step` is told of each step by name.
+    two on one host.  `offline`: stop the guest first.  `on_step` is told of each step by name, and
+    `on_look` when there is something new in `looks`.
     """
 
     def __init__(
@@ -124,20 +124,28 @@ class Move:
         offline: bool = False,
         keep_source: bool = False,
         on_step: Callable[[str], None] = lambda _: None,
+        on_look: Callable[[], None] = lambda: None,
     ) -> None:
         self.devices = devices
-        self.phases: list[Phase] = []
+        self.facts: Sequence[Facts] = ()
+        """Of source and target, as they were found."""
+        self.phases: list[Span] = []
+        """Steps; if one was not done, then what was undone."""
+        self.looks: list[tuple[float, Ram]] = []
+        """QEMU's pre-copy as it went, by trio's clock."""
         self.failed: list[str] = []
         """What could not be undone, or not be ended, in words."""
         self.target_runs = False
-        self.stopped_at: float | None = None
-        self.resumed_at: float | None = None
+        self.stopped: Event | None = None
+        self.resumed: Event | None = None
+        """Of the guest, at the source and where it went on."""
         self._source = source
         self._target = target
         self._channel = channel
         self._offline = offline
         self._keep_source = keep_source
         self._on_step = on_step
+        self._on_look = on_look
         self._source_qtest: Qtest | None = None
         self._target_qtest: Qtest | None = None
         self._begun: list[Step] = []
@@ -166,9 +174,9 @@ class Move:
     @property
     def downtime(self) -> float | None:
         """Seconds in which the guest did not run, by the clocks of the QEMUs; None if unknown."""
-        if self.stopped_at is None or self.resumed_at is None:
+        if self.stopped is None or self.resumed is None:
             return None
-        return self.resumed_at - self.stopped_at
+        return self.resumed.seconds - self.stopped.seconds
 
     async def run(self) -> None:
         """Raises HostError, when what was begun has been undone."""
@@ -187,11 +195,10 @@ class Move:
 
     async def _do(self, step: Step) -> None:
         self._begun.append(step)
-        self._on_step(step.name)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        began = trio.current_time()
-        await step.do(self)
-        self.phases.append(Phase(step.name, trio.current_time() - began))
+        with timed(self.phases, step.name, down=step.name in STOPPED):
+            self._on_step(step.name)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            await step.do(self)
         self._touched |= step.undo is not None
 
     async def _undo(self) -> None:
@@ -199,15 +206,22 @@ class Move:
             if step.undo is None:
                 continue
             self._touched = True
+            name = f"undo {step.name}"
+            self._on_step(name)
             try:
-                await step.undo(self)
+                with timed(self.phases, name, down=step.name in STOPPED):
+                    await step.undo(self)
             except HostError as error:
                 self.failed.append(str(error))
+        self._account_ram()
+        if any(step.name == PRE_COPY for step in self._begun):
+            self.stopped = self._source.qmp.take_event(_is_stop)
+            self.resumed = self._source.qmp.take_event(_is_resume)
 
     # --- before anything is touched ------------------------------------------------------------
 
     async def _check(self) -> None:
-        source, target = await self._source.facts(), await self._target.facts()
+        source, target = self.facts = await self._source.facts(), await self._target.facts()
         problems = comparison.compare(source, target, [one.ident for one in self.devices])
         if not self.devices:
             problems.append("no device is named that is to be moved")
@@ -289,7 +303,17 @@ class Move:
         if self._offline:
             await self._source.qmp.execute("stop")
         await self._source.qmp.execute("migrate", uri=self._channel or f"fd:{_FDNAME}")
-        await self._source.wait_migration("pre-switchover")
+        await self._source.wait_migration("pre-switchover", on_look=self._look_at_ram)
+        if self._offline:  # how much it was until now, it does not say later
+            await self._source.migration()
+            self._look_at_ram()
+
+    def _look_at_ram(self) -> None:
+        ram = self._source.ram
+        if ram is not None:
+            self.looks.append((trio.current_time(), ram))
+            self.phases[-1].byte_count = ram.sent
+            self._on_look()
 
     async def _run_source(self) -> None:
         await self._source.give_up()
@@ -338,6 +362,7 @@ class Move:
         assert self._source_qtest is not None
         for one in self.devices:
             pages = [page for span in one.written for page in _pages(span)]
+            self.phases[-1].page_count += len(pages)
             for start in range(0, len(pages), MARKED_AT_ONCE):
                 part = pages[start : start + MARKED_AT_ONCE]
                 values = await self._source_qtest.ask([f"readb {page:#x}" for page in part])
@@ -367,6 +392,7 @@ class Move:
     async def _load_devices(self) -> None:
         for one in self.devices:
             await one.target.server.load(one.target.device, one.stream)
+            self.phases[-1].byte_count += len(one.stream)
 
     async def _resume_devices(self) -> None:
         for one in self.devices:
@@ -384,9 +410,11 @@ class Move:
         """The guest is at the target; what fails now is told, and no more."""
         try:
             with trio.move_on_after(EVENT_SECONDS):
-                stopped = await self._source.qmp.wait_event(lambda event: event.name == "STOP")
-                resumed = await self._target.qmp.wait_event(lambda event: event.name == "RESUME")
-                self.stopped_at, self.resumed_at = stopped.seconds, resumed.seconds
+                self.stopped = await self._source.qmp.wait_event(_is_stop)
+                self.resumed = await self._target.qmp.wait_event(_is_resume)
+            with contextlib.suppress(QemuError):
+                await self._source.migration()
+            self._account_ram()
             await self._target.set_capabilities(self._turned_on[self._target.name], False)
             for one in self.devices:
                 await one.source.server.leave_stopped(one.source.device)
@@ -397,17 +425,28 @@ class Move:
         except HostError as error:
             self.failed.append(str(error))
 
+    def _account_ram(self) -> None:
+        """What went while the guest ran, and what went then, as QEMU tells it in the end."""
+        ram = self._source.ram
+        named = {phase.name: phase for phase in self.phases}
+        if ram is None or PRE_COPY not in named:
+            return
+        if not self._offline:
+            named[PRE_COPY].byte_count = ram.sent_running
+        if SWITCH_OVER in named:
+            named[SWITCH_OVER].byte_count = ram.sent - named[PRE_COPY].byte_count
+
 
 STEPS: Final = (
     Step("check", Move._check),
     Step("look", Move._look),
     Step("listen", Move._listen, Move._stop_listening),
     Step("prepare devices", Move._prepare_devices, Move._stop_logs),
-    Step("pre-copy", Move._copy, Move._run_source),
+    Step(PRE_COPY, Move._copy, Move._run_source),
     Step("stop devices", Move._stop_devices, Move._release_devices),
     Step("save PCI state", Move._save_pci, Move._put_intx_back),
     Step("mark pages", Move._mark_pages),
-    Step("switch over", Move._switch_over, Move._discard_target),
+    Step(SWITCH_OVER, Move._switch_over, Move._discard_target),
     Step("restore PCI state", Move._restore_pci),
     Step("load devices", Move._load_devices),
     Step("resume devices", Move._resume_devices),
@@ -419,6 +458,14 @@ STOPPED: Final = frozenset(
     step.name for step in STEPS[[step.name for step in STEPS].index("stop devices") :]
 )
 """The steps in which the guest does not run."""
+
+
+def _is_stop(event: Event) -> bool:
+    return event.name == "STOP"
+
+
+def _is_resume(event: Event) -> bool:
+    return event.name == "RESUME"
 
 
 def _pages(span: Range) -> range:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
@@ -15,7 +16,7 @@ from vfio_user_virtio_server.vm.errors import QemuError
 from vfio_user_virtio_server.vm.qtest import remove_socket_untrusted, socket_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from vfio_user_virtio_server.vm.qmp import Json, Qmp
 
@@ -25,6 +26,9 @@ DRIVER: Final = "vfio-user-pci"
 PERIPHERALS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 NEEDED: Final = ("events", "pause-before-switchover")
 """Migration capabilities that are turned on."""
+
+LOOK_SECONDS: Final = 0.1
+"""How often a migration is looked at, if somebody wants to see how far it is."""
 
 END_SECONDS: Final = 20.0
 """How long QEMU may take to end, or to give a migration up."""
@@ -64,12 +68,32 @@ class Facts:
     capabilities: frozenset[str]
 
 
+@attrs.frozen(kw_only=True)
+class Ram:
+    """How far QEMU's migration is, in bytes of the guest's memory.
+
+    `sent`: on the wire so far, of which `sent_running` while the guest ran; `left`: to be sent, of
+    `size`.  `bits_per_second` is 0 until QEMU has measured it.  `rounds`: how often it has begun.
+    `downtime`: seconds that it would take QEMU to send the rest, as it expects; None if it does not
+    know.
+    """
+
+    size: int
+    sent: int
+    sent_running: int
+    left: int
+    bits_per_second: float
+    rounds: int
+    downtime: float | None
+
+
 class Qemu:
-    """The QEMU behind `qmp`."""
+    """The QEMU behind `qmp`.  `ram`: of its migration as a source, as it was looked at last."""
 
     def __init__(self, qmp: Qmp) -> None:
         self.qmp = qmp
         self.name = qmp.name
+        self.ram: Ram | None = None
 
     async def facts(self) -> Facts:
         """Raises QemuError."""
@@ -132,18 +156,31 @@ class Qemu:
         if wanted:
             await self.qmp.execute("migrate-set-capabilities", capabilities=wanted)
 
-    async def wait_migration(self, *wanted: str) -> None:
-        """Until the migration is in one of the states `wanted`.
+    async def wait_migration(self, *wanted: str, on_look: Callable[[], None] | None = None) -> None:
+        """Until the migration is in one of the states `wanted`; with `on_look`, `ram` is kept new.
 
         Raises QemuError if it ends in another.
         """
         while True:
-            event = await self.qmp.wait_event(lambda event: event.name == "MIGRATION")
-            status = event.data.get("status")
+            status: Json = None
+            with trio.move_on_after(math.inf if on_look is None else LOOK_SECONDS):
+                event = await self.qmp.wait_event(lambda event: event.name == "MIGRATION")
+                status = event.data.get("status")
+            if status is None and on_look is not None:
+                with contextlib.suppress(QemuError):  # whoever waits hears it if QEMU is gone
+                    await self.migration()
+                    on_look()
             if status in wanted:
                 return
             if status in _ENDED:
                 raise QemuError(f"{self.name}: the migration is {status}{await self._why()}")
+
+    async def migration(self) -> str:
+        """The state of the migration, and `ram`.  Raises QemuError."""
+        said = _dict(await self.qmp.execute("query-migrate"))
+        if "ram" in said:
+            self.ram = _ram(said)
+        return str(said.get("status", "none"))
 
     async def _why(self) -> str:
         with contextlib.suppress(QemuError):
@@ -155,7 +192,7 @@ class Qemu:
         """End a migration from here, whatever has become of it.  Raises QemuError."""
         with trio.move_on_after(END_SECONDS):
             while True:
-                status = _dict(await self.qmp.execute("query-migrate")).get("status", "none")
+                status = await self.migration()
                 if status in _MIGRATING:
                     await self.qmp.execute("migrate_cancel")
                 elif status != "cancelling":
@@ -181,6 +218,21 @@ class Qemu:
                 remove_socket_untrusted(path)
             return
         raise QemuError(f"{self.name} does not end in {END_SECONDS:g} s")
+
+
+def _ram(said: Mapping[str, Json]) -> Ram:
+    """What ``query-migrate`` says; see qapi/migration.json, MigrationRAMStats."""
+    ram = _dict(said["ram"])
+    downtime, speed = said.get("expected-downtime"), ram.get("mbps", 0)
+    return Ram(
+        size=_int(ram.get("total")),
+        sent=_int(ram.get("transferred")),
+        sent_running=_int(ram.get("precopy-bytes", 0)),
+        left=_int(ram.get("remaining")),
+        bits_per_second=1e6 * speed if isinstance(speed, (int, float)) else 0,
+        rounds=_int(ram.get("dirty-sync-count", 0)),
+        downtime=None if downtime is None else _int(downtime) / 1e3,
+    )
 
 
 def _dict(value: Json) -> Mapping[str, Json]:

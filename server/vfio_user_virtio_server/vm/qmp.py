@@ -47,11 +47,15 @@ class Reply:
 
 @attrs.frozen
 class Event:
-    """Something that happened; `seconds` since the epoch by QEMU's clock."""
+    """Something that happened; `seconds` since the epoch by QEMU's clock.
+
+    `heard`: when it was read, by trio's clock; that is soon after if somebody waited for it.
+    """
 
     name: str
     data: Mapping[str, Json]
     seconds: float
+    heard: float = 0.0
 
 
 @attrs.frozen
@@ -142,9 +146,15 @@ class Qmp:
 
         Raises QemuGone if the connection ends.
         """
-        while (event := next(filter(wanted, self._events), None)) is None:
+        while (event := self.take_event(wanted)) is None:
             await self._receive(lambda: any(map(wanted, self._events)))
-        self._events.remove(event)
+        return event
+
+    def take_event(self, wanted: Callable[[Event], bool]) -> Event | None:
+        """The same of those that have come, if there is one."""
+        event = next(filter(wanted, self._events), None)
+        if event is not None:
+            self._events.remove(event)
         return event
 
     def forget_events(self) -> None:
@@ -195,7 +205,7 @@ class Qmp:
                 self.version = version
             case Event():
                 del self._events[: 1 - MAX_EVENTS]
-                self._events.append(message)
+                self._events.append(attrs.evolve(message, heard=trio.current_time()))
             case Reply(int(ident)) if ident in self._replies:
                 self._replies[ident] = message
             case Reply():
