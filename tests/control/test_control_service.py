@@ -67,7 +67,14 @@ async def test_devices_and_their_sessions() -> None:
         assert device == await control.device("vm") or device.session is not None
         assert (device.name, device.kind) == ("vm", "software")
         assert device.identity == MAC_A.hex(":")
-        assert device.abilities == ["migration", "dirty_log", "memory", "replay", "announce"]
+        assert device.abilities == [
+            "migration",
+            "dirty_log",
+            "dirty_pages",
+            "memory",
+            "replay",
+            "announce",
+        ]
         session = device.session
         assert session is not None
         assert session.version == "0.0"

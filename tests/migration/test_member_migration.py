@@ -13,6 +13,7 @@ import trio
 from tests.migration.owner_rig import OwnerRig
 from tests.migration.state_pairs import check_every_pair
 from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.migration.member_migration import MemberMigration
 from vfio_user_virtio.migration.private_record import PRIVATE_TAG, PrivateState, encode_private
 from vfio_user_virtio.migration.states import EVERYTHING, VFIO_USER, path, supported_states
 from vfio_user_virtio.migration.stream import (
@@ -27,7 +28,6 @@ from vfio_user_virtio.virtio.admin import Answer, Opcode, Status
 from vfio_user_virtio.virtio.parts import parse_parts_untrusted
 
 if TYPE_CHECKING:
-    from vfio_user_virtio.migration.member_migration import MemberMigration
     from vfio_user_virtio.protocol.migration import MigrationFlags
 
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = MigrationState
@@ -380,3 +380,37 @@ async def test_objects_that_cannot_be_destroyed_stay_taken_until_they_can(
     await second.set_state(PRE_COPY)
     await second.set_state(RUNNING)
     assert rig.parts_owner.objects_in_use == len(rig.administration.objects) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_runs_with_what_was_loaded_is_woken(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then, and no other time; if that fails, it runs nevertheless."""
+    rig = await OwnerRig().discover()
+    stream = await image_of(rig)
+    woken = 0
+
+    def resumed() -> None:
+        nonlocal woken
+        assert not rig.members[0].mode.stopped
+        woken += 1
+        if fails:
+            raise ClientError(errno.ENODEV, "the device has gone")
+
+    migration = MemberMigration(
+        rig.parts_owner, 1, name="vf", clock=trio.current_time, resumed=resumed
+    )
+    await migration.set_state(STOP_COPY)
+    await migration.set_state(RUNNING)
+    await migration.set_state(RESUMING)
+    await migration.write(stream)
+    await migration.client_is_gone()
+    assert woken == 0
+    await migration.set_state(RESUMING)
+    await migration.write(stream)
+    await migration.set_state(RUNNING)
+    await migration.set_state(STOP)
+    await migration.set_state(RUNNING)
+    assert woken == 1
+    assert ("vf: waking it up failed: " in caplog.text) == fails

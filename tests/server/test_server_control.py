@@ -158,7 +158,14 @@ async def test_owners_and_members_beside_a_pf(folder: Path) -> None:
             assert "migration" not in member.abilities
             assert pf.abilities == []
             assert len(await control.statistics()) == 3
-            assert old.abilities == ["migration", "dirty_log", "memory", "replay", "announce"]
+            assert old.abilities == [
+                "migration",
+                "dirty_log",
+                "dirty_pages",
+                "memory",
+                "replay",
+                "announce",
+            ]
             await control.quiesce("old")
 
 

@@ -40,6 +40,7 @@ _log: Final = logging.getLogger(__name__)
 _WHY_NOT: Final = {
     "migration": "its migration is in other hands, or it has no owner that knows device parts",
     "dirty_log": "it does not log what it writes",
+    "dirty_pages": "its IOMMU does not tell which pages it writes",
     "memory": "the server does not see its client's memory",
     "replay": "its queues and interrupts are not the server's",
     "announce": "the server does not send for it",
@@ -127,6 +128,7 @@ class DeviceControl:
         found = {
             "migration": migratable is not None,
             "dirty_log": migratable is not None and migratable.can_log,
+            "dirty_pages": migratable is not None and migratable.logs_pages,
         }
         offers = frozenset() if self._operator is None else self._operator.offers
         return [name for name in _WHY_NOT if found.get(name, name in offers)]
@@ -293,6 +295,8 @@ class DeviceControl:
 
     def replay(self) -> None:
         operator = self._with_operator("replay")
+        if self._migratable is not None and self._migratable.migration.stopped:
+            raise self._busy("it does not run; resume it first")
         with self._translated():
             operator.replay()
 

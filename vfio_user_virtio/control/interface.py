@@ -19,8 +19,9 @@ CONTROL_TEXT: Final = """\
 # The devices of a vfio-user-virtio server: how they are, and what it takes to move their guests.
 interface io.vfio-user-virtio.Control
 
-# What a device offers here. A method that it does not offer answers NotSupported.
-type Ability (migration, dirty_log, memory, replay, announce)
+# What a device offers here. A method that it does not offer answers NotSupported. dirty_pages: its
+# dirty log knows which pages were written; without that, all that it may write always counts.
+type Ability (migration, dirty_log, dirty_pages, memory, replay, announce)
 
 # The states of linux/vfio.h.
 type MigrationState (
@@ -135,7 +136,8 @@ method ReadMemory(device: string, ranges: []Range) -> (pages: Pages)
 
 method WriteMemory(device: string, pages: Pages) -> (size: int)
 
-# Look at each queue as if its driver had notified, and send each interrupt once.
+# Look at each queue as if its driver had notified, and send each interrupt once. The guest of a
+# physical device must not be setting it up meanwhile.
 method Replay(device: string) -> ()
 
 # Tell the network that the device's address is here.

@@ -101,8 +101,9 @@ class PrivateStateHolder(Protocol):
 class MemberMigration:
     """The migration of `member` (its VF number) of `owner`; `name` is for the log.
 
-    `clock` gives seconds.  Calls come one at a time.  All of them raise ClientError; when the owner
-    fails, with the errno that the failure stands for.
+    `clock` gives seconds.  `resumed` is called when the member runs with what was loaded, for a
+    device that does not see to its queues and interrupts then.  Calls come one at a time.  All of
+    them raise ClientError; when the owner fails, with the errno that the failure stands for.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class MemberMigration:
         clock: Callable[[], float],
         options: MigrationFlags = EVERYTHING,
         private: PrivateStateHolder | None = None,
+        resumed: Callable[[], None] | None = None,
         max_record_size: int = limits.MAX_MIGRATION_RECORD,
     ) -> None:
         self.state = RUNNING
@@ -123,6 +125,7 @@ class MemberMigration:
         self._name = name
         self._clock = clock
         self._private = private
+        self._resumed = resumed
         self._max_record_size = max_record_size
         self._stopped = False
         self._object: int | None = None
@@ -189,6 +192,11 @@ class MemberMigration:
         except (AdminError, HostError) as error:
             raise ClientError(_errno_of(error), f"{self._name}: {error}") from error
         return info
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the member was told to stop."""
+        return self._stopped
 
     @property
     def progress(self) -> Progress:
@@ -272,7 +280,12 @@ class MemberMigration:
 
     async def _resume(self) -> None:
         await self._set_mode(stopped=False)
-        self.half_loaded = False
+        loaded, self.half_loaded = self.half_loaded, False
+        if loaded and self._resumed is not None:
+            try:
+                self._resumed()
+            except ClientError as error:  # it runs, and may need no waking
+                _log.warning("%s: waking it up failed: %s", self._name, error)
 
     async def _set_mode(self, *, stopped: bool) -> None:
         """Stop the member or let it run; if that fails, it is as it was.

@@ -66,7 +66,13 @@ class Holder(enum.Enum):
 
 
 class DmaLogging(Protocol):
-    """A device that can tell which guest memory it wrote.  Raises ClientError."""
+    """A device that can tell which guest memory it wrote.  Raises ClientError.
+
+    `exact`: it knows pages; otherwise all that it may write counts as written, each time.
+    """
+
+    @property
+    def exact(self) -> bool: ...
 
     def start_logging(self, start: LoggingStart) -> None: ...
 
@@ -141,6 +147,11 @@ class MigratableDevice:
     @property
     def can_log(self) -> bool:
         return self._logging is not None
+
+    @property
+    def logs_pages(self) -> bool:
+        """Whether the log knows pages (`DmaLogging.exact`)."""
+        return self._logging is not None and self._logging.exact
 
     async def give_up(self) -> None:
         """End what is going on: the device runs, and one that is half loaded is reset first."""

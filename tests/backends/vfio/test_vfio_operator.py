@@ -113,10 +113,11 @@ async def test_what_the_kernel_refuses_is_not_seen_either(model: ModelKernel) ->
             assert access.mappings() == []
 
 
-async def test_it_offers_memory_and_nothing_else(model: ModelKernel) -> None:
+async def test_what_it_offers(model: ModelKernel) -> None:
     with function_of(model) as function:
         control = DeviceControl("vf", function, kind="physical", identity="x")
-        assert control.abilities == ["memory"]
-        for method in ("Replay", "Announce", "Quiesce"):
+        assert control.abilities == ["memory", "replay"]
+        assert await ask(function, "Replay") == {}
+        for method in ("Announce", "Quiesce"):
             with pytest.raises(VarlinkError, match="NotSupported"):
                 await ask(function, method)

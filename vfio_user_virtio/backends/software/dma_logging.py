@@ -56,6 +56,8 @@ _log: Final = logging.getLogger(__name__)
 class MemberLogging:
     """What the member `name`, whose queues are `queues`, has written."""
 
+    exact: Final = True
+
     def __init__(self, name: str, queues: Queues) -> None:
         self._name = name
         self._queues = queues

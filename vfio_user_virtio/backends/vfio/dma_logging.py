@@ -51,6 +51,11 @@ class VfLogging:
         """Whether writes are logged."""
         return self._dirty is not None
 
+    @property
+    def exact(self) -> bool:
+        """Whether the IOMMU tells single pages."""
+        return self._space.tracks_dirty
+
     def start_logging(self, start: LoggingStart) -> None:
         """Log writes from now on.  Raises ClientError: EINVAL if that is being done, or what the
         kernel says."""

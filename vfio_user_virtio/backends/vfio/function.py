@@ -41,6 +41,7 @@ from vfio_user_virtio.backends.vfio.dma_logging import VfLogging
 from vfio_user_virtio.backends.vfio.interrupts import ClientInterrupts
 from vfio_user_virtio.backends.vfio.kernel import KernelRefusal
 from vfio_user_virtio.backends.vfio.operator import VfOperator
+from vfio_user_virtio.backends.vfio.replay import kick_queues
 from vfio_user_virtio.device import (
     DeviceFlags,
     DeviceInfo,
@@ -106,7 +107,9 @@ class VfFunction(WithoutMigration):
         self._interrupts: Final = ClientInterrupts(device)
         self.memory: Final = ClientMemory(opened.space, self.name)
         self.logging: Final = VfLogging(self.name, self.memory, opened.space)
-        self.operator: Final = VfOperator(self.name, self.memory, sees_memory=sees_memory)
+        self.operator: Final = VfOperator(
+            self.name, self.memory, self.replay, sees_memory=sees_memory
+        )
         self._in_session = False
         """Something may be under way on the descriptors: whoever releases the device closes it."""
         self._gone: str | None = None
@@ -185,6 +188,20 @@ class VfFunction(WithoutMigration):
         _log.debug("%s: reset: %s", self.name, cause.value)
         with self._answering():
             await trio.to_thread.run_sync(self._device.reset)
+
+    def replay(self) -> None:
+        """Kick each queue and send each interrupt once, as after a migration some may be missing.
+
+        Its guest must not run meanwhile (`replay`).  Raises ClientError.
+        """
+        if self._gone is not None:
+            raise ClientError(errno.ENODEV, self._gone)
+        try:
+            kicked = kick_queues(self._device)
+            self._interrupts.inject_all()
+        except KernelRefusal as error:
+            raise ClientError(error.errno, str(error)) from error
+        _log.debug("%s: %d queues kicked, interrupts sent", self.name, kicked)
 
     # --- a session -----------------------------------------------------------------------------
 

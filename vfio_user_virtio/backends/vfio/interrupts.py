@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from vfio_user_virtio.device import IrqRequest
 
 _ABSENT: Final = IrqInfo(0, IrqFlags(0))
+_FUNCTION: Final = (VfioIrq.INTX, VfioIrq.MSI, VfioIrq.MSIX)
+"""What the function interrupts by; the others tell of errors and of the kernel's wishes."""
 
 
 class ClientInterrupts:
@@ -72,6 +74,13 @@ class ClientInterrupts:
         if index in self._on:
             self._device.disable_irqs(index)
             self._on.discard(index)
+
+    def inject_all(self) -> None:
+        """Send each of the function's interrupts once.  Raises KernelRefusal."""
+        for index in _FUNCTION:
+            if index in self._on:
+                count = self._device.irqs[index].count
+                self._device.act_on_irqs(index, 0, count, IrqAction.TRIGGER)
 
     def close(self) -> None:
         """Turn all of the client's off.  Raises KernelRefusal, having tried all."""

@@ -6,7 +6,7 @@ well, once and whole, which costs address space and nothing else until a page is
 that is not sealed against shrinking is not mapped, as it could end this process; then the device
 works, and its pages cannot be had.
 
-Nothing can be replayed: rings and interrupts are the device's own, which goes on where it was.
+The network is told of the device by whoever is its hardware; nothing is sent from here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vfio_user_virtio.memory.access import GuestAccess
 from vfio_user_virtio.memory.guest_memory import GuestMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vfio_user_virtio.backends.vfio.dma import ClientMemory
     from vfio_user_virtio.device import DmaMapping, RemoteMemory
@@ -33,10 +33,21 @@ _log: Final = logging.getLogger(__name__)
 
 
 class VfOperator:
-    """The function `name`, whose client's `memory` is mapped here too if `sees_memory`."""
+    """The function `name`, whose client's `memory` is mapped here too if `sees_memory`.
 
-    def __init__(self, name: str, memory: ClientMemory, *, sees_memory: bool) -> None:
-        self.offers: Final = frozenset({"memory"} if sees_memory else ())
+    `replay`: kick each queue and send each interrupt; raises ClientError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        memory: ClientMemory,
+        replay: Callable[[], None],
+        *,
+        sees_memory: bool,
+    ) -> None:
+        self.offers: Final = frozenset({"replay", "memory"} if sees_memory else {"replay"})
+        self.replay: Final = replay
         self.guest_access: GuestAccess | None = None
         self._name = name
         self._memory = memory
@@ -49,9 +60,6 @@ class VfOperator:
         return {"memory": counts}
 
     def announce(self) -> None:
-        """Not offered."""
-
-    def replay(self) -> None:
         """Not offered."""
 
     # --- the life of a session -----------------------------------------------------------------

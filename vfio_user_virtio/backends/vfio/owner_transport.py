@@ -76,6 +76,7 @@ class Register(enum.Enum):
     QUEUE_DESC = (32, 8)
     QUEUE_DRIVER = (40, 8)
     QUEUE_DEVICE = (48, 8)
+    QUEUE_NOTIF_CONFIG_DATA = (56, 2)
     ADMIN_QUEUE_INDEX = (60, 2)
     ADMIN_QUEUE_NUM = (62, 2)
 

@@ -237,7 +237,12 @@ async def _device(
     device: Device = function
     if owner.support.lack is None:
         migration = MemberMigration(
-            owner, member_id, name=function.name, clock=trio.current_time, options=states
+            owner,
+            member_id,
+            name=function.name,
+            clock=trio.current_time,
+            options=states,
+            resumed=function.replay,
         )
         device = MigratableDevice(function, migration, function.logging)
     if vf.legacy:
