@@ -13,10 +13,11 @@ if there is one device each; otherwise ``--device`` says it.
 Ctrl-C and SIGTERM cancel: the source runs on, the target ends.  Once that runs it is too late.
 
 ``--json`` prints one object: ``from``, ``to``, ``devices`` (each with ``id``, ``from``, ``to``,
-``image_bytes``, ``written_bytes``), ``phases`` (each with ``name`` and ``seconds``), ``seconds``,
-``stopped_seconds`` (of the phases in which the guest did not run, but for QEMU's ``switch over``),
-``downtime_seconds`` (by the clocks of the QEMUs; null if unknown) and ``failed`` (what could not be
-ended, in words).  These keys are stable.
+``image_bytes``, ``written_bytes`` and ``logged``; that is false where nobody can tell which pages
+it writes, and it was stopped before the memory was copied), ``phases`` (each with ``name`` and
+``seconds``), ``seconds``, ``stopped_seconds`` (of the phases in which the guest did not run, but
+for QEMU's ``switch over``), ``downtime_seconds`` (by the clocks of the QEMUs; null if unknown) and
+``failed`` (what could not be ended, in words).  These keys are stable.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ from vfio_user_virtio_server import log, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.dial import dial
 from vfio_user_virtio_server.vm.control import connect_server
-from vfio_user_virtio_server.vm.move import STOPPED, Move, MovedDevice, Place
+from vfio_user_virtio_server.vm.move import (
+    PRE_COPY,
+    STOPPED,
+    SWITCH_OVER,
+    Move,
+    MovedDevice,
+    Place,
+)
 from vfio_user_virtio_server.vm.qemu import Qemu
 from vfio_user_virtio_server.vm.qmp import open_qmp
 
@@ -50,7 +58,6 @@ if TYPE_CHECKING:
 
 _CLEAR_LINE: Final = "\r\33[K"
 _UCRED: Final = struct.Struct("3i")
-_SWITCH_OVER: Final = "switch over"
 
 
 @attrs.frozen
@@ -170,6 +177,13 @@ class Attempt:
         options = self._options
         async with contextlib.AsyncExitStack() as stack:
             progress = _ProgressLine()
+
+            def show(step: str) -> None:
+                if step == PRE_COPY and self.move is not None:
+                    progress.clear()
+                    print(*notes(self.move), sep="", end="", file=sys.stderr)
+                progress.show(step)
+
             stack.callback(progress.clear)
             sides = []
             for name, path, controls in (
@@ -191,7 +205,7 @@ class Attempt:
                 channel=options.channel,
                 offline=options.offline,
                 keep_source=options.keep_source,
-                on_step=progress.show,
+                on_step=show,
             )
             await self.move.run()
 
@@ -287,12 +301,22 @@ class _ProgressLine:
 # --- the report ---------------------------------------------------------------------------------
 
 
+def notes(move: Move) -> Iterator[str]:
+    """What to know before it takes its time; each line is ended."""
+    for one in move.devices:
+        if not one.logged:
+            yield (
+                f"vfio-user-virtio: {one.ident}: the IOMMU of the source's host cannot tell which "
+                "pages it writes, so the guest is stopped before its memory is copied\n"
+            )
+
+
 def stopped_seconds(done: Move) -> float:
     """What our own steps add to QEMU's downtime."""
     return sum(
         phase.seconds
         for phase in done.phases
-        if phase.name in STOPPED and phase.name != _SWITCH_OVER
+        if phase.name in STOPPED and phase.name != SWITCH_OVER
     )
 
 
@@ -308,6 +332,7 @@ def described(options: argparse.Namespace, done: Move) -> dict[str, object]:
                 "to": one.target.device,
                 "image_bytes": len(one.stream),
                 "written_bytes": one.written_bytes,
+                "logged": one.logged,
             }
             for one in done.devices
         ],
@@ -330,10 +355,10 @@ def lines(options: argparse.Namespace, done: Move) -> Iterator[str]:
     for phase in done.phases:
         yield f"    {phase.name:<18}{_ms(phase.seconds):>12}"
     for one in done.devices:
-        yield (
-            f"    {one.ident}: {len(one.stream):,} bytes of its own, "
-            f"{one.written_bytes:,} that it wrote to the guest's memory"
-        )
+        wrote = f"{one.written_bytes:,} that it wrote to the guest's memory"
+        if not one.logged:
+            wrote = "stopped before the guest's memory was copied"
+        yield f"    {one.ident}: {len(one.stream):,} bytes of its own, {wrote}"
     yield f"    {done.standing}"
 
 

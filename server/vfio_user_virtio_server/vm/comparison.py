@@ -29,6 +29,15 @@ HARMFUL: Final = {
 }
 """Migration capabilities with which the device's guest cannot arrive whole."""
 
+LACKING: Final = {
+    "migration": (
+        "a physical VF has it if the same server owns its PF (serve --pf, the PF on vfio-pci and "
+        "with an administration virtqueue), another if it is not its client that migrates it"
+    ),
+    "dirty_log": "pages that it writes would be missing at the target",
+}
+"""What each ability that is needed takes, or is for."""
+
 
 def compare(source: Facts, target: Facts, devices: Sequence[str]) -> list[str]:
     """What is wrong, in words; nothing if the guest can be moved with `devices`."""
@@ -44,8 +53,8 @@ def compare_served(source: ServedDevice, target: ServedDevice) -> Iterator[str]:
         called = f"device {device.name} of the {where}'s server"
         if not device.connected:
             yield f"{called} has no client: is QEMU connected to another server?"
-        if device.missing:
-            yield f"{called} does not offer {', '.join(device.missing)}"
+        for name in device.missing:
+            yield f"{called} does not offer {name}: {LACKING[name]}"
         if device.busy:
             yield f"{called} is in use: {device.busy}"
         if device.state != "RUNNING":

@@ -41,7 +41,8 @@ driver does so, if it was taught to."""
 class ServedDevice:
     """A device of a server.
 
-    `missing`: what it lacks of what moving takes, by name; `announces`: it can tell the network.
+    `missing`: what it lacks of what moving takes, by name; `announces`: it can tell the network;
+    `logs_pages`: its log knows pages, and not only that all of the memory may have been written.
     `process`: the pid of its client, None without a client or if it cannot be told.  `busy`: who
     has its migration or its log in hand, empty if nobody.
     """
@@ -51,6 +52,7 @@ class ServedDevice:
     process: int | None = None
     missing: tuple[str, ...] = ()
     announces: bool = False
+    logs_pages: bool = True
     busy: str = ""
     state: str = "RUNNING"
 
@@ -170,6 +172,7 @@ def described(device: records.Device) -> ServedDevice:
         connected=session is not None,
         process=None if session is None else session.process,
         announces="announce" in device.abilities,
+        logs_pages="dirty_pages" in device.abilities,
         missing=tuple(name for name in NEEDED if name not in device.abilities),
         busy=", ".join(busy),
         state="RUNNING" if migration is None else migration.state,

@@ -10,6 +10,9 @@ Rejected: to copy those pages from server to server.  It works, but only once QE
 memory, so that it adds to the downtime whole (150 ms for 550 pages, where marking them takes 6),
 and it needs a channel of its own between two hosts.
 
+A physical VF behind an IOMMU that does not track pages may have written any of them, each time one
+asks.  Copying them while it runs would be in vain, so guest and device are stopped first.
+
 `STEPS` is the whole of it: what is done and how that is undone.  When a step fails, or the caller
 is cancelled, the steps that have begun are undone, the last first: the target is ended, the devices
 of the source run, its guest runs.  Each undoing is right at whatever point its step was
@@ -80,12 +83,16 @@ class Place:
 
 @attrs.define
 class MovedDevice:
-    """A device of the guest: its id in both QEMUs, and where it is served."""
+    """A device of the guest: its id in both QEMUs, and where it is served.
+
+    `logged`: its server can tell which pages it writes.
+    """
 
     ident: str
     source: Place
     target: Place
     announced: bool = False
+    logged: bool = True
     function: GuestFunction | None = None
     layout: PciState | None = None
     pci: PciState | None = None
@@ -178,6 +185,10 @@ class Move:
             return None
         return self.resumed.seconds - self.stopped.seconds
 
+    @property
+    def _unlogged(self) -> list[MovedDevice]:
+        return [one for one in self.devices if not one.logged]
+
     async def run(self) -> None:
         """Raises HostError, when what was begun has been undone."""
         async with contextlib.AsyncExitStack() as stack:
@@ -242,6 +253,7 @@ class Move:
             else:
                 problems += comparison.compare_served(here, there)
                 one.announced = here.announces and there.announces
+                one.logged = here.logs_pages
         if problems:
             raise NotMovable(problems)
         for qemu, facts in ((self._source, source), (self._target, target)):
@@ -289,7 +301,8 @@ class Move:
 
     async def _prepare_devices(self) -> None:
         for one in self.devices:
-            await one.source.server.start_log(one.source.device)
+            if one.logged:
+                await one.source.server.start_log(one.source.device)
             await one.target.server.expect(one.target.device)
 
     async def _stop_logs(self) -> None:
@@ -300,11 +313,14 @@ class Move:
         """QEMU's own migration up to the point at which the guest has stopped."""
         self._source.qmp.forget_events()
         self._target.qmp.forget_events()
-        if self._offline:
+        stops = self._offline or bool(self._unlogged)
+        if stops:
             await self._source.qmp.execute("stop")
+        for one in self._unlogged:
+            await one.source.server.stop(one.source.device)
         await self._source.qmp.execute("migrate", uri=self._channel or f"fd:{_FDNAME}")
         await self._source.wait_migration("pre-switchover", on_look=self._look_at_ram)
-        if self._offline:  # how much it was until now, it does not say later
+        if stops:  # how much it was until now, it does not say later
             await self._source.migration()
             self._look_at_ram()
 
@@ -317,6 +333,8 @@ class Move:
 
     async def _run_source(self) -> None:
         await self._source.give_up()
+        for one in self._unlogged:
+            await one.source.server.release(one.source.device)
         if self._target_may_run:
             raise QemuError(
                 f"{self._source.name} stays stopped, as {self._target.name} may have been started "
@@ -334,7 +352,8 @@ class Move:
                 await one.target.server.announce(one.target.device)
         for one in self.devices:
             one.stream = await one.source.server.final_image(one.source.device)
-            one.written = await one.source.server.take_log(one.source.device)
+            if one.logged:
+                one.written = await one.source.server.take_log(one.source.device)
 
     async def _release_devices(self) -> None:
         for one in self.devices:

@@ -5,6 +5,7 @@ The source has to be afterwards what it was before, in all that can be asked of 
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,8 +19,9 @@ from tests.server.vm.bare_qemu import bare_qemu
 from tests.testbed.machine import vfio_user_pci
 from tests.testbed.server_process import COMMAND, serve
 from vfio_user_virtio.errors import HostError
+from vfio_user_virtio_server import migrate_vm
 from vfio_user_virtio_server.vm import pci_state
-from vfio_user_virtio_server.vm.control import connect_server
+from vfio_user_virtio_server.vm.control import ServerControl, connect_server
 from vfio_user_virtio_server.vm.errors import NotMovable
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
 from vfio_user_virtio_server.vm.move import STEPS, Move, MovedDevice, Place
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.testbed.bed import Bed
-    from vfio_user_virtio_server.vm.control import ServedDevice, ServerControl
+    from vfio_user_virtio_server.vm.control import ServedDevice
     from vfio_user_virtio_server.vm.pci_state import PciState
     from vfio_user_virtio_server.vm.qmp import Qmp
 
@@ -203,6 +205,45 @@ async def test_the_source_is_kept_if_told(offline: bool, bed: Bed, tmp_path: Pat
         assert device.state == "STOP"
         for end in (source, target):
             assert (await end.qemu.facts()).capabilities == frozenset()
+
+
+async def test_a_device_that_logs_no_pages(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guest and device stop before memory is copied, and run on if that fails."""
+    devices = ServerControl.devices
+
+    async def without_pages(server: ServerControl) -> list[ServedDevice]:
+        return [attrs.evolve(device, logs_pages=False) for device in await devices(server)]
+
+    monkeypatch.setattr(ServerControl, "devices", without_pages)
+    async with open_rig(bed, tmp_path) as rig:
+        source = await rig.end(incoming=False)
+        before = await source.remarkable()
+        for step in ("pre-copy", "switch over"):
+            target = await rig.end(incoming=True)
+
+            def stop(name: str, at: str = step) -> None:
+                if name == at:
+                    raise Injected("on purpose")
+
+            move = moving(source, target, stop)
+            with pytest.raises(Injected):
+                await move.run()
+            assert move.failed == []
+            assert await source.remarkable() == before
+        target = await rig.end(incoming=True)
+        move = moving(source, target)
+        await move.run()
+        assert move.target_runs
+        assert move.failed == []
+        assert move.devices[0].written == ()
+        (note,) = migrate_vm.notes(move)
+        assert "vf: the IOMMU of the source's host cannot tell which pages it writes" in note
+        ends = argparse.Namespace(from_qmp="a", to_qmp="b")
+        said = "\n".join(migrate_vm.lines(ends, move))
+        assert "bytes of its own, stopped before the guest's memory was copied" in said
+        assert await target.qemu.status() == "running"
 
 
 async def test_two_devices(bed: Bed, tmp_path: Path) -> None:
