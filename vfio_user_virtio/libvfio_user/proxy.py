@@ -1,12 +1,14 @@
 """The device, for the library: its callbacks, and what has to be done before the library answers.
 
 Everything here runs in the session's own thread and lets the device do its part in trio, waiting
-for it.  `prepare` is given each message before the library takes it, for three reasons:
+for it.  `prepare` is given each message before the library takes it, for four reasons:
 
 - The library calls nobody for DEVICE_SET_IRQS with eventfds, nor for DMA logging, and its callback
   for DMA_MAP cannot refuse.  So the device is asked first, and its refusal answers the message.
 - Only what was written since the last report counts, and the device knows that, not the library.
   So before a report the library is told what the device has to report.
+- DEVICE_RESET leads back to RUNNING from every migration state.  The library refuses it in some and
+  keeps the others, so it is led there first.
 - Some messages the library does not survive.  Found by reading it, in the middle of 2026: it looks
   at fields of a short DMA_UNMAP and DEVICE_FEATURE before it knows their length; a device state of
   8 is out of its table; a report in smaller pages than those of DMA_LOGGING_START never ends if it
@@ -45,9 +47,11 @@ from vfio_user_virtio.protocol.dma_logging import (
     encode_logging_report_request,
 )
 from vfio_user_virtio.protocol.feature import (
+    DEVICE_FEATURE_SIZE,
     Feature,
     FeatureRequest,
     decode_feature_request_untrusted,
+    encode_feature_request,
 )
 from vfio_user_virtio.protocol.header import HEADER_SIZE, Command
 from vfio_user_virtio.protocol.irq import check_irq_range, decode_set_irqs_request_untrusted
@@ -91,21 +95,27 @@ class DeviceProxy:
         self._device = device
         self._name = name
         self._context: Context | None = None
+        self._tell: Callable[[int, bytes], None] | None = None
         self._regions: dict[int, tuple[int, bool]] = {}  # by IOVA: size, and whether it is mapped
         self._promised: tuple[int, int] | None = None  # a mapping that only the device has
         self._gone: int | None = None  # the IOVA of a mapping that only the library has
         self._page_size = 0  # of DMA logging; 0 when it is off
         self._state = MigrationState.RUNNING
+        self._silent = False  # in PRE_COPY, which the device does not have: it runs
+        self._was_reset = False  # and the library does not know yet
         self._preparations: dict[int, Callable[[Message], None]] = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
             Command.DEVICE_SET_IRQS: self._set_irqs,
             Command.DEVICE_FEATURE: self._feature,
             Command.MIG_DATA_READ: self._data_read,
+            Command.DEVICE_RESET: self._reset,
         }
 
-    def serve(self, context: Context) -> None:
+    def serve(self, context: Context, tell: Callable[[int, bytes], None]) -> None:
+        """`tell` has the library take a command, with its payload, that the client has not sent."""
         self._context = context
+        self._tell = tell
 
     # --- what the library calls -----------------------------------------------------------------
 
@@ -130,7 +140,7 @@ class DeviceProxy:
             _log.warning("%s: a mapping that libvfio-user has dropped stays: %s", self._name, error)
 
     def reset(self, kind: ResetKind) -> None:
-        if kind is ResetKind.DEVICE:
+        if kind is ResetKind.DEVICE and not self._was_reset:
             self._answer(self._device.reset, ResetCause.CLIENT)
 
     def quiesce(self) -> None:
@@ -143,11 +153,22 @@ class DeviceProxy:
             trio.from_thread.run_sync(self._device.work)
 
     def transition(self, state: MigrationState) -> None:
-        data = wire.encode_device_state(_STATES[state])
-        self._answer(self._device.feature, Feature.MIG_DEVICE_STATE, _SET, data)
+        if not self._was_reset:
+            target = _STATES[state]
+            self._silent = target is wire.MigrationState.PRE_COPY and not self._has_precopy()
+            if self._silent:
+                target = wire.MigrationState.RUNNING
+            data = wire.encode_device_state(target)
+            self._answer(self._device.feature, Feature.MIG_DEVICE_STATE, _SET, data)
         self._state = state
 
+    def _has_precopy(self) -> bool:
+        data = self._answer(self._device.feature, Feature.MIGRATION, _GET, b"")
+        return wire.MigrationFlags.PRE_COPY in wire.decode_migration_flags_untrusted(data)
+
     def read_data(self, count: int) -> bytes | memoryview:
+        if self._silent:
+            return b""
         return self._answer(self._device.migration_read, count)
 
     def write_data(self, data: memoryview) -> None:
@@ -189,6 +210,7 @@ class DeviceProxy:
         if promised is not None:
             trio.from_thread.run(self._device.dma_unmap, *promised)
         self._gone = None
+        self._was_reset = False
 
     def _library_refuses(self) -> bool:
         """In these states it refuses all that follows here but features and migration data."""
@@ -279,6 +301,18 @@ class DeviceProxy:
             start = report.iova + first * report.page_size
             size = min(last * report.page_size + report.iova, end) - start
             self._context.scatter(start, size, Protection.WRITE).mark_dirty()
+
+    def _reset(self, _: Message) -> None:
+        if self._state is MigrationState.RUNNING:
+            return
+        self.quiesce()
+        trio.from_thread.run(self._device.reset, ResetCause.CLIENT)
+        self._was_reset = True
+        assert self._tell is not None
+        running = wire.encode_device_state(wire.MigrationState.RUNNING)
+        argsz = DEVICE_FEATURE_SIZE + len(running)
+        request = FeatureRequest(Feature.MIG_DEVICE_STATE, _SET, running, argsz)
+        self._tell(Command.DEVICE_FEATURE, encode_feature_request(request))
 
     def _data_read(self, message: Message) -> None:
         wire.decode_migration_read_request_untrusted(message.payload)

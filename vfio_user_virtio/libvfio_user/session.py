@@ -21,10 +21,10 @@ without an fd                      command meanwhile, as QEMU does; such memory 
 DMA_UNMAP of all in a range        of exactly one mapping, or of all by flag; else ENOENT
 dirty pages of any range, in       from the start of one mapping on, in pages of the size that
 pages of any size                  DMA_LOGGING_START named; else ENOENT, EOPNOTSUPP
-P2P states; MIGRATION says what    never; always STOP_COPY and PRE_COPY
-the device can do
-RESET leads back to RUNNING        resets the device, but the library stays in its state; in STOP
-                                   and STOP_COPY it refuses RESET, DMA_MAP, DEVICE_SET_IRQS, …
+P2P states; MIGRATION says what    never; always STOP_COPY and PRE_COPY, in which a device that does
+the device can do                  not have it gives no data
+a stopped device is as any other   in STOP and STOP_COPY it refuses DMA_MAP, DMA_UNMAP and
+                                   DEVICE_SET_IRQS, in STOP_COPY all registers too
 a device that fails ends its       answers EIO first
 session
 an error reply is a header         some carry a payload; a reply to an access of 0 bytes has none
@@ -48,6 +48,7 @@ import contextlib
 import errno
 import logging
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -58,6 +59,7 @@ from vfio_user_virtio.libvfio_user.declarations import LogLevel
 from vfio_user_virtio.libvfio_user.description import can_migrate, describe
 from vfio_user_virtio.libvfio_user.greeting import greet, listening_context
 from vfio_user_virtio.libvfio_user.proxy import DeviceProxy
+from vfio_user_virtio.libvfio_user.stand_in import tell
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, PARTIAL_MESSAGE_SECONDS, RELEASE_SECONDS
 from vfio_user_virtio.protocol.header import Command
 
@@ -119,7 +121,7 @@ class LibvfioUserSession:
             describe(self._context, self._device, self._proxy, migration=migration)
             self._context.realize()
             greet(self._context, path, self._socket, message)
-        self._proxy.serve(self._context)
+        self._proxy.serve(self._context, partial(tell, self._context, self._socket))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._device.serve, _NoRemoteMemory())
             nursery.start_soon(self._hang_up_in_the_end)
