@@ -25,6 +25,7 @@ from vfio_user_virtio.backends.software.owner import Owner
 from vfio_user_virtio.backends.software.uplinks.datagram import DatagramUplink
 from vfio_user_virtio.migration.states import EVERYTHING
 from vfio_user_virtio.protocol.version import OWN_CAPABILITIES
+from vfio_user_virtio.testing import loopback
 from vfio_user_virtio.testing.guest_move import MovableGuest, Place
 from vfio_user_virtio.testing.guest_ram import GuestRam
 from vfio_user_virtio.testing.loopback import ungrouped_nursery
@@ -311,7 +312,7 @@ async def serve(
 
     async def listen() -> None:
         with listener:
-            await serve_listener(listener, device, name=name)
+            await serve_listener(listener, device, name=name, make_session=loopback.make_session)
 
     nursery.start_soon(owner.run)
     nursery.start_soon(listen)

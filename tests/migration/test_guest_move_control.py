@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.migration.guest_move_rig import Rig
     from vfio_user_virtio.testing.control_commands import ControlCommands
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 MAC_NEW = bytes.fromhex("0200000000aa")
 UNICAST = [bytes.fromhex(f"02000000010{n}") for n in range(4)]
 MULTICAST = [bytes.fromhex(f"03000000010{n}") for n in range(3)]

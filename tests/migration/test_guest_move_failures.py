@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tests.migration.guest_move_rig import Rig
     from vfio_user_virtio.transport.client import Client
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 TARGET_STATES = (
     MigrationState.RESUMING,
     MigrationState.STOP,

@@ -12,6 +12,8 @@ from tests.migration.guest_move_rig import Rig, rig
 from vfio_user_virtio.testing.net_driver import GSO_FEATURES
 from vfio_user_virtio.virtio.features import Feature
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 async def heard_of(made: Rig) -> None:
     """Return when the host knows where the guest is."""

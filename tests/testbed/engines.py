@@ -47,6 +47,7 @@ THREAD: Final = "a clock that jumps does not wait for the thread that this engin
 NO_MESSAGES: Final = "libvfio-user's DMA by messages is unsafe, so this engine has none"
 EXACT: Final = "libvfio-user drops, and reports on, exactly one mapping at a time"
 STATES: Final = "libvfio-user has migration states of its own, and takes data in RESUMING only"
+NO_P2P: Final = "libvfio-user has no P2P states, so nobody is asked for them"
 BY_ITSELF: Final = "libvfio-user does it by itself and calls nobody"
 VERSION_0_2: Final = "libvfio-user speaks 0.2 to who says so, which differs in nothing"
 NO_ECHO: Final = "libvfio-user's reply to an access of nothing has no payload"
@@ -76,6 +77,10 @@ DEPARTURES: Final = (
     Departure("test_27_unmap_is_malformed(*-dirty bitmap)", ONE_ERRNO),
     Departure("test_unmap_that_cannot_tell_unmaps_nothing*", ONE_ERRNO),
     Departure("test_migration_data(*", STATES),
+    Departure("test_the_target_refuses(*_P2P)", NO_P2P),
+    Departure("test_the_source_refuses(*_P2P)", NO_P2P),
+    Departure("test_cancelled(*_P2P)", NO_P2P),
+    Departure("test_the_target_goes(*_P2P)", NO_P2P),
     Departure("test_memory_is_mapped_and_unmapped*", EXACT),
     Departure("test_26_unmap_that_matches_nothing_or_splits*", EXACT),
     Departure("test_unmap_tells_what_was_written*", EXACT),
@@ -84,6 +89,9 @@ DEPARTURES: Final = (
     Departure("test_a_bitmap_of_all_that_a_message_may_carry*", EXACT),
     Departure("test_any_range_and_page_size*", EXACT, run=False),
     Departure("test_memory_however_it_was_given(*-True)", NO_MESSAGES, run=False),
+    Departure("test_commands_all_the_time(*-messages)", NO_MESSAGES, run=False),
+    Departure("test_there_and_back(*-messages-*)", NO_MESSAGES, run=False),
+    Departure("test_messages_that_are_not_answered_while*", NO_MESSAGES, run=False),
     Departure("test_13_message_that_never_ends*", THREAD, run=False),
     Departure("test_13_a_byte_now_and_then_does_not_help*", THREAD, run=False),
     Departure("test_13_slow_but_whole_messages_are_taken*", THREAD, run=False),

@@ -20,17 +20,23 @@ The driver is told nothing.  While neither device runs its register accesses wai
 virtual processor that is not running; its memory it may go on using, until it waits for something.
 Its eventfds are the same at the new place, taken from the old one.
 
+Of a device that does not run nothing is asked but its migration states and data, and dirty pages:
+some servers refuse anything else then (libvfio-user).  So its registers are read before it stops,
+and it keeps its eventfds if it will not let go of them.
+
 Source: vfio-user, VFIO_USER_DEVICE_FEATURE (DMA logging), Device Migration.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from vfio_user_virtio.device import FeatureOperation, LoggingReport, LoggingStart
+from vfio_user_virtio.errors import RemoteError
 from vfio_user_virtio.limits import PAGE_SIZE
 from vfio_user_virtio.protocol.dma_logging import (
     decode_logging_report_reply_untrusted,
@@ -54,7 +60,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.transport.client import Client
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Place:
     """A server that a guest can be on: a client of it, and the memory that it sees as the guest's.
 
@@ -64,9 +70,12 @@ class Place:
 
     client: Client
     memory: GuestRam
+    _step: int | None = attrs.field(default=None, init=False)
+    """How large the mappings are."""
 
     async def map(self, *, remote: bool = False, step: int | None = None) -> None:
         """Let the server see the memory; see `GuestRam.mappings`.  Raises RemoteError."""
+        self._step = step
         await self.memory.map(self.client, remote=remote, step=step)
 
     # --- dirty tracking ------------------------------------------------------------------------
@@ -77,16 +86,26 @@ class Place:
         await self.client.feature(Feature.DMA_LOGGING_START, FeatureOperation.SET, data)
 
     async def written(self) -> set[int]:
-        """Which pages, from 0, the device has written since the last call.  Raises RemoteError."""
-        asked = LoggingReport(self.memory.iova, self.memory.size, PAGE_SIZE)
+        """Which pages, from 0, the device has written since the last call.  Raises RemoteError.
+
+        Asks for each mapping by itself, since some servers take no larger range (libvfio-user).
+        """
+        pages = set()
+        for mapping in self.memory.mappings(step=self._step):
+            first = (mapping.iova - self.memory.iova) // PAGE_SIZE
+            written = await self._report(LoggingReport(mapping.iova, mapping.size, PAGE_SIZE))
+            pages |= {first + bit for bit in range(written.bit_length()) if written >> bit & 1}
+        return pages
+
+    async def _report(self, asked: LoggingReport) -> int:
+        """The bitmap as a number."""
         reply = await self.client.feature(
             Feature.DMA_LOGGING_REPORT,
             FeatureOperation.GET,
             encode_logging_report_request(asked),
             room=logging_report_reply_size(asked),
         )
-        number = int.from_bytes(decode_logging_report_reply_untrusted(reply, asked), "little")
-        return {page for page in range(number.bit_length()) if number >> page & 1}
+        return int.from_bytes(decode_logging_report_reply_untrusted(reply, asked), "little")
 
     async def stop_logging(self) -> None:
         await self.client.feature(Feature.DMA_LOGGING_STOP, FeatureOperation.SET)
@@ -188,10 +207,11 @@ class MovableGuest:
         guest is paused.  `while_stopped` is called when neither device runs, before the memory is
         copied for the last time; it may be part of the guest.
 
-        The source is in STOP in the end, and without eventfds.  A move that fails or is cancelled
-        leaves the guest where it was, unless the device cannot go on there: then it is paused for
-        good.  Raises what `Migration.run` does; DeviceBroke if the source wrote what it did not
-        report, or after it has stopped, and if the devices' structures lie elsewhere.
+        The source is in STOP in the end, and without eventfds if it lets go of them in that state.
+        A move that fails or is cancelled leaves the guest where it was, unless the device cannot go
+        on there: then it is paused for good.  Raises what `Migration.run` does; DeviceBroke if the
+        source wrote what it did not report, or after it has stopped, and if the devices' structures
+        lie elsewhere.
         """
         source = self.place
         move = _Move(self, target, rounds, while_stopped)
@@ -209,7 +229,8 @@ class MovableGuest:
             with trio.CancelScope(shield=True):
                 left = source if migration.target_runs else target
                 if not left.client.lost.is_set():
-                    await self.pci.disarm(left.client)
+                    with contextlib.suppress(RemoteError):
+                        await self.pci.disarm(left.client)
                 if not source.client.lost.is_set():
                     await source.stop_logging()
         move.check_source()
@@ -231,6 +252,8 @@ class _Move:
         self._target = target
         self._rounds = rounds
         self._while_stopped = while_stopped
+        self._registers: dict[int, int] = {}
+        """By offset in configuration space: what the guest has set, and no device carries along."""
         self._left: bytes | None = None
         """The memory of the source as it was last, if the guest has left it."""
 
@@ -238,6 +261,12 @@ class _Move:
         for _ in range(self._rounds):
             self._guest.ram.copy_to(self._target.memory, await self._source.written())
         await self._guest.client.pause()
+        pci = self._guest.pci
+        here = VirtioPci(self._source.client, pci.pci_capabilities, pci.capabilities)
+        offsets = [COMMAND]
+        if CAP_MSIX in pci.pci_capabilities:
+            offsets.append(pci.pci_capabilities[CAP_MSIX] + 2)  # Message Control
+        self._registers = {offset: await here.config_read(offset, 2) for offset in offsets}
 
     async def carry(self) -> None:
         ram, source, target = self._guest.ram, self._source.memory, self._target.memory
@@ -267,15 +296,9 @@ class _Move:
     async def _set_up_target(self) -> None:
         """Restore what is neither the device's state nor memory: COMMAND, MSI-X, eventfds."""
         pci, target = self._guest.pci, self._target.client
-        here = VirtioPci(self._source.client, pci.pci_capabilities, pci.capabilities)
         there = await VirtioPci.open(target)
-        if (there.pci_capabilities, there.capabilities) != (
-            here.pci_capabilities,
-            here.capabilities,
-        ):
+        if (there.pci_capabilities, there.capabilities) != (pci.pci_capabilities, pci.capabilities):
             raise DeviceBroke("the structures of the target's device lie elsewhere")
-        await there.config_write(COMMAND, await here.config_read(COMMAND, 2), 2)
-        if CAP_MSIX in pci.pci_capabilities:
-            control = pci.pci_capabilities[CAP_MSIX] + 2
-            await there.config_write(control, await here.config_read(control, 2), 2)
+        for offset, value in self._registers.items():
+            await there.config_write(offset, value, 2)
         await pci.arm(target)
