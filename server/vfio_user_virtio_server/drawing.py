@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import html
-from typing import Final
+import textwrap
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INK: Final = "#1d2733"
+
+_LETTER: Final = 0.62
+"""How wide a letter is on average, in sizes of the widest of the usual fonts."""
+_LINE: Final = 1.45
+"""From one line to the next, in sizes."""
 
 
 class Drawing:
@@ -31,6 +40,15 @@ class Drawing:
             f'text-anchor="{anchor}">{escaped(text)}</text>'
         )
 
+    def paragraph(
+        self, x: float, text: str, width: float, colour: str = INK, size: int = 13
+    ) -> None:
+        """Lines of `width` at most, the first of them at `y`, which is then below the last."""
+        letters = max(int(width / (size * _LETTER)), 1)
+        for line in textwrap.wrap(text, letters, break_on_hyphens=False) or [""]:
+            self.text(x, self.y, line, colour, size=size)
+            self.y += size * _LINE
+
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         self._shapes.append(
             f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" '
@@ -40,6 +58,12 @@ class Drawing:
     def line(self, x1: float, y1: float, x2: float, y2: float, colour: str) -> None:
         self._shapes.append(
             f'<line x1="{x1:.2f}" y1="{y1:.1f}" x2="{x2:.2f}" y2="{y2:.1f}" stroke="{colour}"/>'
+        )
+
+    def curve(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        joined = " ".join(f"{x:.2f},{y:.1f}" for x, y in points)
+        self._shapes.append(
+            f'<polyline points="{joined}" stroke="{colour}" stroke-width="1.6" fill="none"/>'
         )
 
     def dot(self, x: float, y: float, colour: str) -> None:

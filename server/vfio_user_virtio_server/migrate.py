@@ -109,21 +109,18 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.from_socket == options.to_socket:
         raise HostError("--from-socket and --to-socket are the same", exit_code=os.EX_USAGE)
-    if options.report is not None:
-        report.make(options.report)
     attempt = Attempt(options)
-    cancelled_by = trio.run(attempt.run)
-    if cancelled_by is not None:
-        print(f"vfio-user-virtio: cancelled; {attempt.standing}", file=sys.stderr)
-        return 128 + cancelled_by
-    done = attempt.migration
-    assert done is not None
-    if options.report is not None:
-        report.write(options.report, drawn(options, done))
-    if options.json:
-        print(json.dumps(described(options, done), indent=2))
-    else:
-        print(*(log.escape(line) for line in lines(options, done)), sep="\n")
+    with report.kept(options.report, attempt.drawn):
+        cancelled_by = trio.run(attempt.run)
+        if cancelled_by is not None:
+            print(f"vfio-user-virtio: cancelled; {attempt.standing}", file=sys.stderr)
+            return 128 + cancelled_by
+        done = attempt.migration
+        assert done is not None
+        if options.json:
+            print(json.dumps(described(options, done), indent=2))
+        else:
+            print(*(log.escape(line) for line in lines(options, done)), sep="\n")
     return os.EX_OK
 
 
@@ -132,8 +129,23 @@ class Attempt:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.migration: Migration | None = None
+        self.cancelled = False
         self._options = options
         self._cancellable = trio.CancelScope()
+
+    def drawn(self, failure: str) -> Report:
+        """For `report`; the phases follow on one another."""
+        options, migration = self._options, self.migration
+        spans: list[Span] = []
+        for phase in [] if migration is None else migration.phases:
+            start = spans[-1].end if spans else 0.0
+            down = phase.name in DOWNTIME
+            spans.append(Span(phase.name, start, phase.seconds, phase.byte_count, down=down))
+        if self.cancelled:
+            failure = f"cancelled; {self.standing}"
+        if failure and spans:
+            spans[-1].failed = True
+        return Report(f"{options.from_socket} to {options.to_socket}", spans, failure=failure)
 
     async def run(self) -> int | None:
         """Migrate; the signal that cancelled it, or None when it is done.  Raises HostError."""
@@ -152,7 +164,8 @@ class Attempt:
             code = failure.exit_code if isinstance(failure, HostError) else os.EX_IOERR
             raise HostError(f"{failure}; {self.standing}", exit_code=code) from failure
         too_late = self.migration is not None and self.migration.target_runs
-        return caught[0] if caught and not too_late else None
+        self.cancelled = bool(caught) and not too_late
+        return caught[0] if self.cancelled else None
 
     @property
     def standing(self) -> str:
@@ -239,16 +252,6 @@ def described(options: argparse.Namespace, done: Migration) -> dict[str, object]
         "source_state": _state(done),
         "image": options.image,
     }
-
-
-def drawn(options: argparse.Namespace, done: Migration) -> Report:
-    """For `report`; the phases follow on one another."""
-    spans: list[Span] = []
-    for phase in done.phases:
-        start = spans[-1].end if spans else 0.0
-        down = phase.name in DOWNTIME
-        spans.append(Span(phase.name, start, phase.seconds, phase.byte_count, down=down))
-    return Report(f"{options.from_socket} to {options.to_socket}", spans)
 
 
 def lines(options: argparse.Namespace, done: Migration) -> Iterator[str]:

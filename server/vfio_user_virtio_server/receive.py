@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.transfer_stream import FORWARD
-from vfio_user_virtio_server import log, report, values
+from vfio_user_virtio_server import log, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.progress import ProgressLine
 from vfio_user_virtio_server.transfer import options as ends_of
@@ -28,6 +28,7 @@ from vfio_user_virtio_server.transfer.address import parse_address
 from vfio_user_virtio_server.transfer.attempt import run_cancellable
 from vfio_user_virtio_server.transfer.channel import Channel, accepted, fd_streams, is_socket
 from vfio_user_virtio_server.transfer.receiver import Receiving
+from vfio_user_virtio_server.words import duration
 
 if TYPE_CHECKING:
     import argparse
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         pages = f" and {done.page_bytes:,} of guest memory" if done.page_bytes else ""
         line = (
             f"{_source(done)} to {_target(done)}: {done.byte_count:,} bytes{pages} in "
-            f"{report.duration(done.seconds)}; the target runs"
+            f"{duration(done.seconds)}; the target runs"
         )
         print(log.escape(line), file=to)
     return os.EX_OK

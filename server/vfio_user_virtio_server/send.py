@@ -48,6 +48,7 @@ from vfio_user_virtio_server.transfer.channel import (
     is_socket,
 )
 from vfio_user_virtio_server.transfer.sender import Sending
+from vfio_user_virtio_server.words import duration
 
 if TYPE_CHECKING:
     import argparse
@@ -94,17 +95,14 @@ def run(options: argparse.Namespace) -> int:
             "the stream would go to this terminal; name a program behind --, or write to a pipe",
             exit_code=os.EX_USAGE,
         )
-    if options.report is not None:
-        report.make(options.report)
     attempt = Attempt(options)
-    code = run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
-    if code is not None:
-        return code
-    done = attempt.sending
-    assert done is not None
-    if options.report is not None:
-        report.write(options.report, Report(f"{_name(done)} to {_target(done)}", done.spans))
-    _print(options, attempt, done, sys.stderr if to_output else sys.stdout)
+    with report.kept(options.report, attempt.drawn):
+        code = run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
+        if code is not None:
+            return code
+        done = attempt.sending
+        assert done is not None
+        _print(options, attempt, done, sys.stderr if to_output else sys.stdout)
     return os.EX_OK
 
 
@@ -138,6 +136,15 @@ class Attempt:
                 "look at the target, and reset the source only if the target does not run"
             )
         return f"the source does not run on, its state is {named}"
+
+    def drawn(self, failure: str) -> Report:
+        """For `report`."""
+        done = self.sending
+        if done is None:
+            return Report("A device is sent", [], failure=failure)
+        if not failure and any(span.failed for span in done.spans):
+            failure = f"cancelled; {self.standing}"
+        return Report(f"{_name(done)} to {_target(done)}", done.spans, failure=failure)
 
     async def run(self, cancellable: Cancellable) -> None:
         options = self._options
@@ -214,11 +221,11 @@ def lines(attempt: Attempt, done: Sending) -> Iterator[str]:
     pages = f" and {done.page_bytes:,} of guest memory" if done.page_bytes else ""
     yield (
         f"{_name(done)} to {_target(done)}: {done.byte_count:,} bytes{pages} in "
-        f"{report.duration(done.seconds)}, downtime {report.duration(done.downtime)}"
+        f"{duration(done.seconds)}, downtime {duration(done.downtime)}"
     )
     for span in done.spans:
         moved = f"  {span.byte_count:,} bytes" if span.byte_count else ""
-        yield f"    {span.name:<10}{report.duration(span.seconds):>12}{moved}"
+        yield f"    {span.name:<10}{duration(span.seconds):>12}{moved}"
     if done.channel.answers:
         yield f"    {attempt.standing[0].upper()}{attempt.standing[1:]}"
     else:

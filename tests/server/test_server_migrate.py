@@ -135,8 +135,9 @@ def test_reports_and_the_image(tmp_path: Path) -> None:
 def test_a_signal_cancels(number: signal.Signals, code: int) -> None:
     """In the middle of PRE_COPY, which more rounds than anyone waits for make long."""
     with two() as both:
+        drawn = both.folder / "r.svg"
         process = subprocess.Popen(
-            [*COMMAND, *both.arguments, "--rounds", "3600"],
+            [*COMMAND, *both.arguments, "--rounds", "3600", "--report", drawn],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -147,6 +148,7 @@ def test_a_signal_cancels(number: signal.Signals, code: int) -> None:
         output, errors = process.communicate(timeout=SECONDS)
         assert (process.returncode, output) == (code, "")
         assert errors == "vfio-user-virtio: cancelled; the source runs on\n"
+        assert ">cancelled; the source runs on</text>" in drawn.read_text()
         wait_for_log(both.source, "RUNNING")
         wait_for_log(both.target, "RUNNING, by a reset")
         assert both.mac_of_target() == MAC_B
@@ -182,7 +184,8 @@ def test_progress_on_a_terminal() -> None:
 @pytest.mark.parametrize("precopy", [(), ("--no-precopy",)], ids=["pre-copy", "stop-copy"])
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, precopy: tuple[str, ...]) -> None:
     with two(target_pairs=2) as both:
-        line = explained(os.EX_CONFIG, *both.arguments, *precopy, "--image", tmp_path / "s")
+        files = ("--image", tmp_path / "s", "--report", tmp_path / "r.svg")
+        line = explained(os.EX_CONFIG, *both.arguments, *precopy, *files)
         assert "the target would refuse what the source has, with: DEV_FEATURES" in line
         assert ": only this device offers MQ; configure source and target with the same" in line
         assert "PCI_COMMON_CFG num_queues" in line
@@ -192,6 +195,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, precopy: tuple[str
         _, log = both.source.process.communicate(timeout=SECONDS)
         assert "PRE_COPY" in log
         assert "stopped" not in log
+    drawn = (tmp_path / "r.svg").read_text()
+    assert drawn.count(", failed</text>") == 1
+    assert "the source runs on</text>" in drawn
     if not precopy:
         assert run("image", "show", tmp_path / "s").returncode == 0, "as far as it came"
 

@@ -220,8 +220,10 @@ def test_through_a_descriptor() -> None:
 
 def test_what_does_not_fit_is_refused_by_name_at_both_ends() -> None:
     with two(target_pairs=2) as both:
-        result = run(*both.send, "--", *COMMAND, *both.receive)
+        drawn = both.folder / "r.svg"
+        result = run(*both.send, "--report", drawn, "--", *COMMAND, *both.receive)
         assert (result.returncode, result.stdout) == (os.EX_CONFIG, "")
+        assert ", failed</text>" in drawn.read_text()
         theirs, ours = result.stderr.splitlines()
         refusal = "the target would refuse what the source has, with: DEV_FEATURES"
         assert theirs.startswith(f"vfio-user-virtio: {refusal}")
@@ -234,13 +236,16 @@ def test_what_does_not_fit_is_refused_by_name_at_both_ends() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_cancels(number: signal.Signals, code: int) -> None:
     with two() as both:
-        sender = both.start(*both.send, "--rounds", "3600", "--", *COMMAND, *both.receive)
+        drawn = both.folder / "r.svg"
+        options = ("--rounds", "3600", "--report", str(drawn))
+        sender = both.start(*both.send, *options, "--", *COMMAND, *both.receive)
         wait_for_log(both.source, "PRE_COPY")
         sender.send_signal(number)
         output, errors = sender.communicate(timeout=SECONDS)
         assert (sender.returncode, output) == (code, "")
         assert "vfio-user-virtio: cancelled; the source runs on\n" in errors
         assert "the sender gave up: cancelled; the target was reset\n" in errors
+        assert ">cancelled; the source runs on</text>" in drawn.read_text()
         wait_for_log(both.source, "RUNNING")
         assert both.mac_of_target() == MAC_B
         again = run(*both.send, "--", *COMMAND, *both.receive)
