@@ -70,7 +70,8 @@ def test_what_a_server_says() -> None:
     assert list(compare_served(good, good)) == []
     for bad, said in (
         (attrs.evolve(good, connected=False), "device vm1 of the target's server has no client"),
-        (attrs.evolve(good, missing=("dirty_log",)), "does not offer dirty_log"),
+        (attrs.evolve(good, missing=("dirty_log",)), "does not offer dirty_log: pages that it"),
+        (attrs.evolve(good, missing=("migration",)), "the same server owns its PF (serve --pf,"),
         (attrs.evolve(good, busy="migration of client"), "in use: migration of client"),
         (attrs.evolve(good, state="STOP"), "migration state STOP; it has to be RUNNING"),
     ):
