@@ -21,6 +21,7 @@ from vfio_user_virtio.control.client import control_of
 from vfio_user_virtio.control.varlink import VarlinkError
 from vfio_user_virtio.errors import ConnectionLost, HostError
 from vfio_user_virtio_server.dial import dial
+from vfio_user_virtio_server.vm.errors import ServerGone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -63,6 +64,7 @@ class ServerControl:
     def __init__(self, client: ControlClient, name: str) -> None:
         self.name = name
         self._client = client
+        self._silent = False
 
     async def devices(self) -> list[ServedDevice]:
         with self._call("GetDevices"):
@@ -144,8 +146,11 @@ class ServerControl:
         except VarlinkError as error:
             raise HostError(f"{self.name}: {what}: {error}") from None
         except ConnectionLost as error:
-            raise HostError(f"{self.name}: {what}: {error}", exit_code=os.EX_IOERR) from None
+            if self._silent:
+                raise HostError(f"{self.name}: {what}: {error}", exit_code=os.EX_IOERR) from None
+            raise ServerGone(f"the server at {self.name}", f"is gone ({what}: {error})") from None
         if patience.cancelled_caught:
+            self._silent = True
             raise HostError(f"{self.name}: {what}: no answer in {ANSWER_SECONDS:g} s")
 
 

@@ -14,8 +14,20 @@ class QemuError(HostError):
         super().__init__(message, exit_code=os.EX_IOERR)
 
 
-class QemuGone(QemuError):
-    """QEMU has closed the connection: it has ended, or somebody has ended it."""
+class Gone(HostError):
+    """The connection to `who` has ended: so has its process, or somebody has ended it."""
+
+    def __init__(self, who: str, how: str) -> None:
+        HostError.__init__(self, f"{who} {how}", exit_code=os.EX_IOERR)
+        self.who = who
+
+
+class QemuGone(Gone, QemuError):
+    """A QEMU is gone, or does not speak as one."""
+
+
+class ServerGone(Gone):
+    """A server is gone, or does not speak as one."""
 
 
 class NotMovable(HostError):

@@ -40,12 +40,12 @@ import attrs
 import trio
 
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio.limits import PAGE_SIZE
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio_server.spans import timed
-from vfio_user_virtio_server.vm import comparison, pci_state
-from vfio_user_virtio_server.vm.errors import NotMovable, QemuError
+from vfio_user_virtio_server.vm import comparison, pci_state, standing
+from vfio_user_virtio_server.vm.errors import Gone, NotMovable, QemuError, QemuGone
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
+from vfio_user_virtio_server.vm.marking import mark_written
 from vfio_user_virtio_server.vm.qemu import NEEDED
 from vfio_user_virtio_server.vm.qtest import open_qtest
 
@@ -59,9 +59,6 @@ if TYPE_CHECKING:
     from vfio_user_virtio_server.vm.qemu import Facts, Qemu, Ram
     from vfio_user_virtio_server.vm.qmp import Event
     from vfio_user_virtio_server.vm.qtest import Qtest
-
-MARKED_AT_ONCE: Final = 1024
-"""Pages between two looks whether the caller has been cancelled."""
 
 EVENT_SECONDS: Final = 2.0
 """How long an event of a command that has been answered may be late."""
@@ -158,6 +155,9 @@ class Move:
         self._begun: list[Step] = []
         self._touched = False
         self._target_may_run = False
+        self._target_ran = False
+        self._gone: set[str] = set()
+        """Who was found gone when the source was to run on."""
         self._turned_on: dict[str, frozenset[str]] = {}
 
     @property
@@ -168,15 +168,13 @@ class Move:
     @property
     def standing(self) -> str:
         """Where the guest is now, in words."""
-        if self.target_runs:
-            where = "the guest runs at the target"
-        elif not self._touched:
-            where = "nothing was changed"
-        elif self.failed:
-            where = "the source may not run on"
-        else:
-            where = "the source runs on, the target has ended"
-        return "; ".join((where, *self.failed))
+        return standing.in_words(
+            arrived=self.target_runs,
+            touched=self._touched,
+            source_gone=self._source.name in self._gone,
+            server_gone=bool(self._gone),
+            failed=self.failed,
+        )
 
     @property
     def downtime(self) -> float | None:
@@ -222,6 +220,8 @@ class Move:
             try:
                 with timed(self.phases, name, down=step.name in STOPPED):
                     await step.undo(self)
+            except Gone as error:
+                self._gone.add(error.who)
             except HostError as error:
                 self.failed.append(str(error))
         self._account_ram()
@@ -271,6 +271,8 @@ class Move:
             fit.target_saves_untrusted(await one.target.server.image(one.target.device))
             try:
                 fit.source_saves_untrusted(await one.source.server.image(one.source.device))
+            except Gone:
+                raise
             except HostError as error:
                 problems.append(f"{one.ident}: {error}")
         if problems:
@@ -340,6 +342,11 @@ class Move:
                 f"{self._source.name} stays stopped, as {self._target.name} may have been started "
                 "and does not end: end one of the two, and say cont to the other"
             )
+        if self._target_ran:
+            raise QemuError(
+                f"{self._source.name} stays stopped, as the guest has run at the target before "
+                "that ended: cont lets it go on from where it was moved"
+            )
         await self._source.run()
 
     # --- while it is stopped -------------------------------------------------------------------
@@ -373,28 +380,18 @@ class Move:
                 await pci_state.with_command(one.function, one.pci)
 
     async def _mark_pages(self) -> None:
-        """Have QEMU send again what the devices have written.
-
-        It sends what it knows to be written, and it knows of what is written through it: so a byte
-        of each page is, to the value that it has.  Nobody else writes, neither guest nor device.
-        """
         assert self._source_qtest is not None
         for one in self.devices:
-            pages = [page for span in one.written for page in _pages(span)]
-            self.phases[-1].page_count += len(pages)
-            for start in range(0, len(pages), MARKED_AT_ONCE):
-                part = pages[start : start + MARKED_AT_ONCE]
-                values = await self._source_qtest.ask([f"readb {page:#x}" for page in part])
-                pairs = zip(part, values, strict=True)
-                await self._source_qtest.run(
-                    [f"writeb {page:#x} {byte:#x}" for page, byte in pairs]
-                )
-                await trio.lowlevel.checkpoint()
+            self.phases[-1].page_count += await mark_written(self._source_qtest, one.written)
 
     async def _switch_over(self) -> None:
         await self._source.qmp.execute("migrate-continue", state="pre-switchover")
-        await self._source.wait_migration("completed")
-        await self._target.wait_migration("completed")
+        try:
+            await self._source.wait_migration("completed")
+            await self._target.wait_migration("completed")
+        except QemuGone:  # what the source sent before its end may be all of it
+            if not await self._target.completes():
+                raise
         status = await self._target.status()
         if status != "paused":
             raise QemuError(f"{self._target.name} is {status} with the guest in it, not paused")
@@ -421,28 +418,38 @@ class Move:
         with trio.CancelScope(shield=True):
             self._target_may_run = True
             await self._target.qmp.execute("cont")
+            self._target_ran = True
+            await self._target.status()  # if it has ended already, the source must not
             self.target_runs = True
 
     # --- there ---------------------------------------------------------------------------------
 
     async def _end(self) -> None:
         """The guest is at the target; what fails now is told, and no more."""
-        try:
-            with trio.move_on_after(EVENT_SECONDS):
-                self.stopped = await self._source.qmp.wait_event(_is_stop)
-                self.resumed = await self._target.qmp.wait_event(_is_resume)
-            with contextlib.suppress(QemuError):
-                await self._source.migration()
-            self._account_ram()
-            await self._target.set_capabilities(self._turned_on[self._target.name], False)
-            for one in self.devices:
-                await one.source.server.leave_stopped(one.source.device)
-            if self._keep_source:
-                await self._source.set_capabilities(self._turned_on[self._source.name], False)
-            else:
-                await self._source.quit()
-        except HostError as error:
-            self.failed.append(str(error))
+        with contextlib.suppress(QemuError), trio.move_on_after(EVENT_SECONDS):
+            self.stopped = await self._source.qmp.wait_event(_is_stop)
+            self.resumed = await self._target.qmp.wait_event(_is_resume)
+        with contextlib.suppress(QemuError):
+            await self._source.migration()
+        self._account_ram()
+        for part in (self._end_source, self._tidy_target):
+            try:
+                await part()
+            except HostError as error:
+                self.failed.append(str(error))
+
+    async def _end_source(self) -> None:
+        """A device of a QEMU that has ended is let go by its server."""
+        if not self._keep_source:
+            await self._source.quit()
+            return
+        await self._source.set_capabilities(self._turned_on[self._source.name], False)
+        await self._source.status()
+        for one in self.devices:
+            await one.source.server.leave_stopped(one.source.device)
+
+    async def _tidy_target(self) -> None:
+        await self._target.set_capabilities(self._turned_on[self._target.name], False)
 
     def _account_ram(self) -> None:
         """What went while the guest ran, and what went then, as QEMU tells it in the end."""
@@ -485,7 +492,3 @@ def _is_stop(event: Event) -> bool:
 
 def _is_resume(event: Event) -> bool:
     return event.name == "RESUME"
-
-
-def _pages(span: Range) -> range:
-    return range(span.iova, span.iova + span.size, PAGE_SIZE)

@@ -287,6 +287,8 @@ async def capture(access: PciAccess, like: PciState | None = None) -> PciState:
     (`PciState.refusals`).
     """
     state = await read_config(access, like)
+    if like is not None and (changes := like.differences(state)):
+        raise QemuError(f"the function does not answer as it did: {changes[0]}")
     if problems := state.refusals():
         raise QemuError("; ".join(problems))
     words = state.table_words()

@@ -175,6 +175,15 @@ class Qemu:
             if status in _ENDED:
                 raise QemuError(f"{self.name}: the migration is {status}{await self._why()}")
 
+    async def completes(self) -> bool:
+        """Whether the migration ends well; not if that takes END_SECONDS."""
+        with contextlib.suppress(QemuError), trio.move_on_after(END_SECONDS):
+            while True:
+                if (status := await self.migration()) in _ENDED:
+                    return status == "completed"
+                await trio.sleep(0.01)
+        return False
+
     async def migration(self) -> str:
         """The state of the migration, and `ram`.  Raises QemuError."""
         said = _dict(await self.qmp.execute("query-migrate"))

@@ -189,13 +189,13 @@ class Qmp:
             try:
                 data = await self._sock.recv(_CHUNK)
                 if not data:
-                    raise QemuGone(f"{self.name} has closed its monitor")
+                    self._failure = QemuGone(self.name, "has closed its monitor")
                 for line in self._decoder.feed_untrusted(data):
                     self._take(decode_message_untrusted(line))
             except OSError as error:
-                self._failure = QemuGone(f"{self.name}: its monitor is gone: {error.strerror}")
+                self._failure = self._lost(error)
             except QemuError as error:
-                self._failure = QemuGone(f"{error}")
+                self._failure = QemuGone(self.name, f"is not understood: {error}")
             if self._failure is not None:
                 raise self._failure
 
@@ -220,7 +220,10 @@ class Qmp:
                     while sent < len(data):
                         sent += await self._sock.send(data[sent:])
         except OSError as error:
-            raise QemuGone(f"{self.name}: its monitor is gone: {error.strerror}") from None
+            raise self._lost(error) from None
+
+    def _lost(self, error: OSError) -> QemuGone:
+        return QemuGone(self.name, f"is gone: its monitor says {error.strerror}")
 
 
 @contextlib.asynccontextmanager

@@ -66,7 +66,7 @@ class Qtest:
         self._sock = sock
         self._decoder = LineDecoder()
         self._lock = trio.Lock()
-        self._broken = False
+        self._failure: QemuError | None = None
 
     async def run(self, commands: Sequence[str]) -> list[int | None]:
         """The answers to `commands`, in their order.  All are run, even if the caller is cancelled.
@@ -88,9 +88,8 @@ class Qtest:
         return values
 
     async def _exchange(self, text: str, count: int) -> list[bytes]:
-        if self._broken:
-            raise QemuGone(f"{self.name}: its test protocol is gone")
-        self._broken = True
+        if self._failure is not None:
+            raise self._failure
         lines: list[bytes] = []
         data = text.encode()
         patience = trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_SECONDS)
@@ -101,14 +100,20 @@ class Qtest:
                 while len(lines) < count:
                     data = await self._sock.recv(_CHUNK)
                     if not data:
-                        raise QemuGone(f"{self.name} has closed its test protocol")
+                        raise QemuGone(self.name, "has closed its test protocol")
                     complete = self._decoder.feed_untrusted(data)
                     lines += [line for line in complete if not line.startswith(b"IRQ ")]
         except OSError as error:
-            raise QemuGone(f"{self.name}: its test protocol: {error.strerror}") from None
+            how = f"is gone: its test protocol says {error.strerror}"
+            self._failure = QemuGone(self.name, how)
+        except QemuError as error:
+            self._failure = error
         if patience.cancelled_caught:
-            raise QemuError(f"{self.name}: no answer of its test protocol in {ANSWER_SECONDS:g} s")
-        self._broken = False
+            self._failure = QemuError(
+                f"{self.name}: no answer of its test protocol in {ANSWER_SECONDS:g} s"
+            )
+        if self._failure is not None:
+            raise self._failure
         return lines
 
 
