@@ -1,9 +1,14 @@
 """Two QEMUs and two servers, and a guest that goes from one to the other under traffic.
 
 Both servers are wired to one bridge by a TAP device each, so that the guest's address stays what it
-is and the way to it changes.  The traffic is made so that whatever is lost, doubled or stale is
-seen: pings that are counted, and a TCP stream each way whose every byte is checked at its end; the
-device writes what comes to the guest straight to its memory, which QEMU does not see.
+is and the way to it changes; each NIC of a guest has a bridge and a network of its own.  The
+traffic is made so that whatever is lost, doubled or stale is seen: pings that are counted, and a
+TCP stream each way whose every byte is checked at its end; the device writes what comes to the
+guest straight to its memory, which QEMU does not see.  What the guest itself writes meanwhile, and
+reads late, is in `loading`.
+
+An end may be on another host, as far as one machine can show it: a network namespace of its own.
+Its sockets are then reached as ssh reaches them, by a relay that passes bytes and no descriptors.
 """
 
 from __future__ import annotations
@@ -39,13 +44,52 @@ if TYPE_CHECKING:
     from tests.testbed.server_process import ServerProcess
 
 MACHINE: Final = Machine(programs=("ip", "ethtool"), memory_mib=256)
-BRIDGE: Final = "br0"
 OUT: Final = 5001
 BACK: Final = 5002
-BLOCK: Final = 1 << 20
+BLOCK: Final = 1 << 18
 PINGS_PER_SECOND: Final = 10
 PAUSE: Final = 0.05
-"""Seconds after a block, so that a machine of two cores has time for all else as well."""
+"""Seconds, so that a machine of two cores has time for all else as well."""
+
+
+MEMBER: Final = """
+[[owner]]
+name = "owner{nic.number}"
+uplink = "tap:{tap}"
+[[owner.member]]
+name = "{nic.served}"
+socket_path = "{socket}"
+mac = "{nic.mac}"
+queue_pairs = {queue_pairs}
+"""
+
+
+@attrs.frozen
+class Nic:
+    """One of the guest's: its id in QEMU, its server's name of it, and who is on its network."""
+
+    number: int
+    ident: str
+    served: str
+    mac: str
+    guest: str
+    host: str
+
+    @property
+    def device(self) -> str:
+        return f"eth{self.number - 1}"
+
+    @property
+    def bridge(self) -> str:
+        return f"br{self.number - 1}"
+
+
+ONLY: Final = Nic(1, "vf", "device", traffic.MAC, traffic.GUEST, traffic.HOST)
+"""Of a server that has no other."""
+TWO: Final = (
+    Nic(1, "vf", "nic1", traffic.MAC, traffic.GUEST, traffic.HOST),
+    Nic(2, "vf2", "nic2", "52:54:00:00:01:02", "10.0.1.2", "10.0.1.1"),
+)
 
 
 @attrs.define
@@ -55,6 +99,8 @@ class End:
     folder: Path
     server: ServerProcess
     guest: Guest
+    nics: tuple[Nic, ...]
+    taps: list[str]
 
     @property
     def qmp(self) -> Path:
@@ -69,85 +115,147 @@ class Mover:
     """Starts ends, and moves the guest between them; made by `open_mover`."""
 
     def __init__(
-        self, bed: Bed, netns: Netns, folder: Path, machine: Machine, options: tuple[str, ...]
+        self,
+        bed: Bed,
+        netns: Netns,
+        folder: Path,
+        machine: Machine,
+        options: tuple[str, ...],
+        nics: tuple[Nic, ...],
     ) -> None:
         self._bed = bed
         self._netns = netns
         self._folder = folder
         self._machine = machine
         self._options = options
+        self._nics = nics
         self._count = 0
         self._stack = AsyncExitStack()
 
-    async def end(self, *, incoming: bool) -> End:
-        """A new one: with a guest that has booted and is on the network, or that waits for it."""
+    async def end(self, *, incoming: bool, host: Netns | None = None) -> End:
+        """A new one: with a guest that has booted and is on the network, or that waits for it.
+
+        `host`: where it is, QEMU as well; otherwise QEMU is outside of all namespaces.
+        """
         self._count += 1
         folder = self._folder / f"end{self._count}"
         folder.mkdir()
-        tap = f"tap{self._count}"
-        await self._netns.add_tap(tap)
-        await self._netns.run("ip", "link", "set", tap, "master", BRIDGE)
-        socket = folder / "vf.sock"
+        netns = host or self._netns
+        taps = [await self._add_tap(netns, nic) for nic in self._nics]
         server = await self._stack.enter_async_context(
-            serve(
-                folder,
-                *("--socket-path", str(socket), "--mac", traffic.MAC),
-                *("--uplink", f"tap:{tap}", "--control-path", str(folder / "control")),
-                *self._options,
-                wrap=self._netns.wrap,
-            )
+            serve(folder, *self._served(folder, taps), wrap=netns.wrap)
         )
-        devices = [*vfio_user_pci(socket), "-qmp", f"unix:{folder / 'qmp'},server=on,wait=off"]
+        devices = ["-qmp", f"unix:{folder / 'qmp'},server=on,wait=off"]
+        for nic in self._nics:
+            devices += vfio_user_pci(_socket(folder, nic), slot=nic.number, ident=nic.ident)
         if incoming:
             devices += ["-incoming", "defer"]
         machine = attrs.evolve(self._machine, devices=(*self._machine.devices, *devices))
         begin = start if incoming else boot
-        guest = await self._stack.enter_async_context(begin(self._bed, machine, folder))
+        wrap = None if host is None else host.wrap
+        guest = await self._stack.enter_async_context(begin(self._bed, machine, folder, wrap))
         if not incoming:
-            await traffic.configure(guest)
-        return End(folder, server, guest)
+            for nic in self._nics:
+                await traffic.configure(guest, nic.device, nic.guest)
+        return End(folder, server, guest, self._nics, taps)
+
+    async def _add_tap(self, netns: Netns, nic: Nic) -> str:
+        tap = f"tap{self._count}.{nic.number}"
+        await netns.add_tap(tap)
+        await netns.run("ip", "link", "set", tap, "master", nic.bridge)
+        return tap
+
+    def _served(self, folder: Path, taps: list[str]) -> list[str]:
+        """What `serve` is told."""
+        if self._nics == (ONLY,):
+            device = ["--socket-path", str(_socket(folder, ONLY)), "--mac", ONLY.mac]
+            device += ["--uplink", f"tap:{taps[0]}", "--control-path", str(folder / "control")]
+            return [*device, *self._options]
+        text = f'[control]\nsocket_path = "{folder / "control"}"\n'
+        for nic, tap in zip(self._nics, taps, strict=True):
+            text += MEMBER.format(
+                nic=nic, tap=tap, socket=_socket(folder, nic), queue_pairs=self._machine.cpus
+            )
+        path = folder / "devices.toml"
+        path.write_text(text)
+        return ["--config", str(path), *self._options]
 
     async def aclose(self) -> None:
         await self._stack.aclose()
 
 
+def _socket(folder: Path, nic: Nic) -> Path:
+    return folder / f"{nic.ident}.sock"
+
+
 @asynccontextmanager
 async def open_mover(
-    bed: Bed, netns: Netns, folder: Path, *options: str, machine: Machine = MACHINE
+    bed: Bed,
+    netns: Netns,
+    folder: Path,
+    *options: str,
+    machine: Machine = MACHINE,
+    nics: tuple[Nic, ...] = (ONLY,),
 ) -> AsyncIterator[Mover]:
-    """`options` are further ones of both servers."""
+    """`options` are further ones of both servers.
+
+    Several `nics` are of one server, with a queue pair for each processor.
+    """
     await netns.disable_ipv6()
-    await netns.run("ip", "link", "add", BRIDGE, "type", "bridge")
-    await netns.run("ip", "link", "set", BRIDGE, "up")
-    await netns.run("ip", "address", "add", f"{traffic.HOST}/24", "dev", BRIDGE)
-    mover = Mover(bed, netns, folder, machine, options)
+    for nic in nics:
+        await _add_bridge(netns, nic.bridge, nic.host)
+    mover = Mover(bed, netns, folder, machine, options, nics)
     try:
         yield mover
     finally:
         await mover.aclose()
 
 
+async def _add_bridge(netns: Netns, name: str, address: str) -> None:
+    await netns.run("ip", "link", "add", name, "type", "bridge")
+    await netns.run("ip", "link", "set", name, "up")
+    await netns.run("ip", "address", "add", f"{address}/24", "dev", name)
+
+
 def command(source: End, target: End, *options: str) -> list[str]:
-    """The command that moves the guest."""
+    """The command that moves the guest; the devices are named if there are several."""
+    named = source.nics if len(source.nics) > 1 else ()
     return [
         COMMAND,
         "migrate-vm",
         *("--from-qmp", str(source.qmp), "--from-control", str(source.control)),
         *("--to-qmp", str(target.qmp), "--to-control", str(target.control)),
+        *(word for nic in named for word in ("--device", f"{nic.ident}={nic.served}")),
         *options,
     ]
 
 
-async def move(source: End, target: End, on_step: Callable[[str], None]) -> Move:
-    """The same in this process: `on_step` may fail it at any step.  Raises HostError."""
+async def move(
+    source: End, target: End, on_step: Callable[[str], None], *, marked: bool = True
+) -> Move:
+    """The same in this process: `on_step` may fail it at any step.  Raises HostError.
+
+    Not `marked`: QEMU is not told of what the devices wrote.
+    """
+
+    def step(name: str) -> None:
+        on_step(name)
+        if name == "mark pages" and not marked:
+            for device in devices:
+                assert device.written_bytes
+                device.written = ()
+
     async with (
         open_qmp(await dial(str(source.qmp)), "source") as from_qmp,
         open_qmp(await dial(str(target.qmp)), "target") as to_qmp,
         connect_server(str(source.control)) as from_server,
         connect_server(str(target.control)) as to_server,
     ):
-        places = Place(from_server, "device"), Place(to_server, "device")
-        moved = Move(Qemu(from_qmp), Qemu(to_qmp), [MovedDevice("vf", *places)], on_step=on_step)
+        devices = [
+            MovedDevice(nic.ident, Place(from_server, nic.served), Place(to_server, nic.served))
+            for nic in source.nics
+        ]
+        moved = Move(Qemu(from_qmp), Qemu(to_qmp), devices, on_step=step)
         try:
             await moved.run()
         finally:
@@ -161,11 +269,13 @@ async def move(source: End, target: End, on_step: Callable[[str], None]) -> Move
 class Traffic:
     """Pings ten times a second and a TCP stream each way; `running_traffic` makes it."""
 
-    def __init__(self, nursery: trio.Nursery, netns: Netns) -> None:
+    def __init__(self, nursery: trio.Nursery, netns: Netns, nic: Nic, pause: float) -> None:
         self.bytes_out = 0
         self.bytes_back = 0
         self._nursery = nursery
         self._netns = netns
+        self._nic = nic
+        self._pause = pause
         self._sent = hashlib.sha256()
         self._damaged = 0
         self._ending = False
@@ -174,22 +284,23 @@ class Traffic:
         self._ping: trio.Process | None = None
 
     async def start(self, guest: Guest) -> None:
-        await guest.run(f"head -c {BLOCK} /dev/urandom >/tmp/block")
-        block = bytes.fromhex((await guest.run("sha256sum </tmp/block")).split()[0])
+        host, files = self._nic.host, f"/tmp/{self._nic.ident}"
+        await guest.run(f"head -c {BLOCK} /dev/urandom >{files}.block")
+        block = bytes.fromhex((await guest.run(f"sha256sum <{files}.block")).split()[0])
         async with (
             await self._netns.listen(OUT) as out,
             await self._netns.listen(BACK) as back,
         ):
             await guest.run(
-                f"(while cat /tmp/block; do :; done | nc {traffic.HOST} {OUT}) "
+                f"(while cat {files}.block; do :; done | nc {host} {OUT}) "
                 "</dev/null >/dev/null 2>&1 &\n"
-                f"(nc {traffic.HOST} {BACK} | sha256sum >/tmp/sum; touch /tmp/done) "
+                f"(nc {host} {BACK} | sha256sum >{files}.sum; touch {files}.done) "
                 "</dev/null >/dev/null 2>&1 &"
             )
             self._nursery.start_soon(self._receive, await out.accept(), block)
             self._nursery.start_soon(self._send, await back.accept())
         self._ping = await trio.lowlevel.open_process(
-            self._netns.command("ping", "-i", str(1 / PINGS_PER_SECOND), traffic.GUEST),
+            self._netns.command("ping", "-i", str(1 / PINGS_PER_SECOND), self._nic.guest),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
@@ -208,8 +319,9 @@ class Traffic:
         for done in self._done:
             await done.wait()
         assert self._damaged == 0, "blocks from the guest"
-        await guest.run("while ! [ -e /tmp/done ]; do usleep 10000; done")
-        received = (await guest.run("cat /tmp/sum")).split()[0]
+        files = f"/tmp/{self._nic.ident}"
+        await guest.run(f"while ! [ -e {files}.done ]; do usleep 10000; done")
+        received = (await guest.run(f"cat {files}.sum")).split()[0]
         assert received == self._sent.hexdigest(), "what came to the guest"
         assert self._ping is not None
         assert self._ping.stdout is not None
@@ -235,7 +347,7 @@ class Traffic:
                     del have[:BLOCK]
                     if self._ending:
                         break
-                    await trio.sleep(PAUSE)
+                    await trio.sleep(self._pause)
         self._done[0].set()
 
     async def _send(self, stream: trio.SocketStream) -> None:
@@ -247,7 +359,7 @@ class Traffic:
                 await stream.send_all(data)
                 self.bytes_back += BLOCK
                 self._more.set()
-                await trio.sleep(PAUSE)
+                await trio.sleep(self._pause)
             await stream.send_eof()
             while await stream.receive_some():
                 pass
@@ -255,10 +367,12 @@ class Traffic:
 
 
 @asynccontextmanager
-async def running_traffic(netns: Netns, guest: Guest) -> AsyncIterator[Traffic]:
-    """Traffic with `guest`, which is on the network, until its `check`."""
+async def running_traffic(
+    netns: Netns, guest: Guest, nic: Nic = ONLY, *, pause: float = PAUSE
+) -> AsyncIterator[Traffic]:
+    """Traffic with `guest`, which is on the network, until its `check`; `pause` after a block."""
     async with trio.open_nursery() as nursery:
-        running = Traffic(nursery, netns)
+        running = Traffic(nursery, netns, nic, pause)
         await running.start(guest)
         yield running
         nursery.cancel_scope.cancel()
