@@ -203,7 +203,7 @@ async def open_mover(
     """
     await netns.disable_ipv6()
     for nic in nics:
-        await _add_bridge(netns, nic.bridge, nic.host)
+        await add_bridge(netns, nic.bridge, nic.host)
     mover = Mover(bed, netns, folder, machine, options, nics)
     try:
         yield mover
@@ -211,8 +211,13 @@ async def open_mover(
         await mover.aclose()
 
 
-async def _add_bridge(netns: Netns, name: str, address: str) -> None:
-    await netns.run("ip", "link", "add", name, "type", "bridge")
+async def add_bridge(netns: Netns, name: str, address: str) -> None:
+    """A bridge that keeps its MAC address.
+
+    One that was given none takes the lowest of its ports', and so another one when a TAP device is
+    added; a guest that has the old one in mind then sends to nobody, until it asks again.
+    """
+    await netns.run("ip", "link", "add", name, "address", traffic.HOST_MAC, "type", "bridge")
     await netns.run("ip", "link", "set", name, "up")
     await netns.run("ip", "address", "add", f"{address}/24", "dev", name)
 
