@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 RX, TX, CONTROL = 0, 1, 2
+pytestmark = pytest.mark.usefixtures("engine")
+
 OUTSIDE = 1 << 60
 READ_ONLY = 0x1000_0000
 WRITE_ONLY = 0x2000_0000

@@ -31,6 +31,8 @@ from vfio_user_virtio.testing.virtio_pci import Register
 from vfio_user_virtio.virtio.features import Feature
 from vfio_user_virtio.virtio.net_config import NetStatus
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 # --- control commands ---------------------------------------------------------------------------
 
 
