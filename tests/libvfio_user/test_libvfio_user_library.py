@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from vfio_user_virtio.libvfio_user import Library, LibraryError, load
 from vfio_user_virtio.libvfio_user.declarations import FUNCTIONS
 from vfio_user_virtio.libvfio_user.library import VARIABLE, wanted
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_an_option_is_stronger_than_the_variable_and_that_than_the_loader(
@@ -50,3 +57,53 @@ def test_the_functions_are_all_that_is_declared() -> None:
 def test_the_real_one_fits(library: Library) -> None:
     assert library.sg_size == 40
     assert load(library.path).limits_dma == library.limits_dma
+
+
+# --- libraries that are not what they seem: stubs, which answer each function with 0 --------------
+
+CC: Final = shutil.which("cc")
+
+
+def stub(folder: Path, **answers: str) -> str:
+    """The path of a library with all functions; `answers`: what some return, or that they are not
+    there (an empty string)."""
+    if CC is None:
+        pytest.skip("there is no C compiler to make a library with")
+    bodies = dict.fromkeys(FUNCTIONS, "0") | {"dma_sg_size": "40", "vfu_create_ctx": "1"} | answers
+    source = folder / "stub.c"
+    source.write_text(
+        "".join(
+            f"long {name}(void) {{ return {body}; }}\n" for name, body in bodies.items() if body
+        )
+    )
+    library = folder / "stub.so"
+    subprocess.run([CC, "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            {"vfu_sg_is_mappable": "", "vfu_create_ioeventfd": ""},
+            "does not fit: it has no vfu_create_ioeventfd, vfu_sg_is_mappable",
+        ),
+        ({"dma_sg_size": "0"}, "dma_sg_size() is 0"),
+        ({"dma_sg_size": "4096"}, "dma_sg_size() is 4096"),
+        ({"vfu_create_ctx": "0"}, "cannot be used: vfu_create_ctx fails with"),
+        (
+            {"vfu_setup_device_migration_callbacks": "-1"},
+            "is too old: it knows no migration callbacks of version 2",
+        ),
+        ({"vfu_setup_device_dma": "-1"}, "cannot be used: vfu_setup_device_dma fails with"),
+        ({"vfu_realize_ctx": "-1"}, "cannot be used: vfu_realize_ctx fails with"),
+        ({}, "cannot be used: a first conversation fails with No such file or directory"),
+    ],
+    ids=["functions", "no size", "great size", "context", "old", "dma", "realize", "silence"],
+)
+def test_a_library_that_does_not_fit(tmp_path: Path, answers: dict[str, str], message: str) -> None:
+    path = stub(tmp_path, **answers)
+    with pytest.raises(LibraryError, match=re.escape(message)) as caught:
+        load(path)
+    assert str(caught.value).count(path)
+    assert "install libvfio-user (https://github.com/nutanix/libvfio-user" in str(caught.value)

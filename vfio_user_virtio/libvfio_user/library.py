@@ -27,7 +27,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import cffi
 
-from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.errors import ConnectionLost, HostError
 from vfio_user_virtio.libvfio_user import callbacks
 from vfio_user_virtio.libvfio_user.declarations import (
     DECLARATIONS,
@@ -39,7 +39,12 @@ from vfio_user_virtio.libvfio_user.declarations import (
     TRANSPORT_SOCKET,
     UNLIMITED_DMA,
 )
-from vfio_user_virtio.protocol.header import ERROR, HEADER, HEADER_SIZE, Command, encode_command
+from vfio_user_virtio.protocol.header import (
+    ERROR,
+    Command,
+    decode_header_untrusted,
+    encode_command,
+)
 
 Native: TypeAlias = Any
 """A function, pointer or structure as cffi makes it of the declarations, which mypy cannot read.
@@ -155,20 +160,20 @@ def _probe(name: str, ffi: Native, lib: Native) -> bool:
 
 def _first_map_is_refused(name: str, path: str, ffi: Native, lib: Native, context: Native) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
         client.setblocking(False)
-        client.sendall(_VERSION + _DMA_MAP)
-        for step in ("vfu_attach_ctx", "vfu_run_ctx"):
-            if getattr(lib, step)(context) < 0:
-                raise _unusable(name, step, ffi.errno)
-        answers = client.recv(4096)
-    (_, _, size, _, _) = HEADER.unpack_from(answers)
-    if len(answers) < size + HEADER_SIZE:
-        raise _unusable(name, "an answer", errno.EPROTO)
-    (_, command, _, flags, _) = HEADER.unpack_from(answers, size)
-    if command != Command.DMA_MAP:
-        raise _unusable(name, "an answer", errno.EPROTO)
-    return bool(flags & ERROR)
+        try:
+            client.connect(path)
+            client.sendall(_VERSION + _DMA_MAP)
+            for step in ("vfu_attach_ctx", "vfu_run_ctx"):
+                if getattr(lib, step)(context) < 0:
+                    raise _unusable(name, step, ffi.errno)
+            answers = client.recv(4096)
+            answer = decode_header_untrusted(answers, decode_header_untrusted(answers).size)
+        except OSError as error:
+            raise _unusable(name, "a first conversation", error.errno or errno.EIO) from None
+        except ConnectionLost:
+            raise _unusable(name, "a first conversation", errno.EPROTO) from None
+    return bool(answer.flags & ERROR)
 
 
 def _unusable(name: str, step: str, code: int) -> LibraryError:
