@@ -102,7 +102,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         metavar="FILE",
         type=argument(report.check_path),
-        help="draw a time line of the phases there, as .html or .svg",
+        help="draw a time line of the phases there, as .html or .svg, also if it fails",
     )
 
 
@@ -144,7 +144,7 @@ class Attempt:
         if self.cancelled:
             failure = f"cancelled; {self.standing}"
         if failure and spans:
-            spans[-1].failed = True
+            spans[-1].undone = "cancelled" if self.cancelled else "failed"
         return Report(f"{options.from_socket} to {options.to_socket}", spans, failure=failure)
 
     async def run(self) -> int | None:

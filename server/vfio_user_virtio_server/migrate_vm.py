@@ -14,10 +14,13 @@ Ctrl-C and SIGTERM cancel: the source runs on, the target ends.  Once that runs 
 
 ``--json`` prints one object: ``from``, ``to``, ``devices`` (each with ``id``, ``from``, ``to``,
 ``image_bytes``, ``written_bytes`` and ``logged``; that is false where nobody can tell which pages
-it writes, and it was stopped before the memory was copied), ``phases`` (each with ``name`` and
-``seconds``), ``seconds``, ``stopped_seconds`` (of the phases in which the guest did not run, but
-for QEMU's ``switch over``), ``downtime_seconds`` (by the clocks of the QEMUs; null if unknown) and
-``failed`` (what could not be ended, in words).  These keys are stable.
+it writes, and it was stopped before the memory was copied), ``phases`` (each with ``name``,
+``start``, ``seconds``, ``byte_count``, and as ``page_count`` the pages that QEMU was told to send
+again), ``seconds``, ``stopped_seconds`` (of the phases in which the guest did not run, but for
+QEMU's ``switch over``), ``downtime_seconds`` (by the clocks of the QEMUs; null if unknown),
+``packets`` (with ``--ping``: ``sent``, ``unanswered``, ``slowest`` and ``silence``, the longest
+time without an answer, in seconds) and ``failed`` (what could not be ended, in words).  These keys
+are stable.
 """
 
 from __future__ import annotations
@@ -35,28 +38,28 @@ import attrs
 import trio
 
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio_server import log, values
+from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
 from vfio_user_virtio_server.dial import dial
+from vfio_user_virtio_server.pings import open_pinger
+from vfio_user_virtio_server.progress import ProgressLine
+from vfio_user_virtio_server.vm.account import Account, notes, progress
 from vfio_user_virtio_server.vm.control import connect_server
-from vfio_user_virtio_server.vm.move import (
-    PRE_COPY,
-    STOPPED,
-    SWITCH_OVER,
-    Move,
-    MovedDevice,
-    Place,
-)
+from vfio_user_virtio_server.vm.move import PRE_COPY, Move, MovedDevice, Place
 from vfio_user_virtio_server.vm.qemu import Qemu
 from vfio_user_virtio_server.vm.qmp import open_qmp
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
+    from vfio_user_virtio_server.report import Report
     from vfio_user_virtio_server.vm.control import ServedDevice, ServerControl
 
-_CLEAR_LINE: Final = "\r\33[K"
+BEFORE_SECONDS: Final = 0.5
+AFTER_SECONDS: Final = 1.0
+"""How long packets are sent beyond the move, to compare."""
+
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -111,6 +114,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the source's QEMU stopped; otherwise it is ended",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=argument(report.check_path),
+        help="draw a time line of the move there, as .html or .svg, also if it fails",
+    )
+    parser.add_argument(
+        "--ping",
+        metavar="ADDRESS",
+        help="send echo requests to the guest meanwhile, and tell what becomes of them",
+    )
 
 
 def parse_device(text: str) -> NamedDevice:
@@ -126,16 +140,17 @@ def run(options: argparse.Namespace) -> int:
     if options.from_qmp == options.to_qmp:
         raise HostError("--from-qmp and --to-qmp are the same", exit_code=os.EX_USAGE)
     attempt = Attempt(options)
-    cancelled_by = trio.run(attempt.run)
-    if cancelled_by is not None:
-        print(f"vfio-user-virtio: cancelled; {attempt.standing}", file=sys.stderr)
-        return 128 + cancelled_by
-    done = attempt.move
-    assert done is not None
-    if options.json:
-        print(json.dumps(described(options, done), indent=2))
-    else:
-        print(*(log.escape(line) for line in lines(options, done)), sep="\n")
+    with report.kept(options.report, attempt.drawn):
+        cancelled_by = trio.run(attempt.run)
+        if cancelled_by is not None:
+            print(f"vfio-user-virtio: {attempt.cancelled}", file=sys.stderr)
+            return 128 + cancelled_by
+        done = attempt.move
+        assert done is not None
+        if options.json:
+            print(json.dumps(attempt.account.described(done), indent=2))
+        else:
+            print(*(log.escape(line) for line in attempt.account.lines(done)), sep="\n")
     return os.EX_OK
 
 
@@ -144,13 +159,20 @@ class Attempt:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.move: Move | None = None
+        self.account = Account(options.from_qmp, options.to_qmp)
+        self.cancelled = ""
         self._options = options
         self._cancellable = trio.CancelScope()
+        self._progress = ProgressLine()
 
     @property
     def standing(self) -> str:
         """Where the guest is now."""
         return "nothing was changed" if self.move is None else self.move.standing
+
+    def drawn(self, failure: str) -> Report:
+        """For `report`."""
+        return self.account.drawn(self.move, failure or self.cancelled)
 
     async def run(self) -> int | None:
         """Move; the signal that cancelled it, or None when it is done.  Raises HostError."""
@@ -161,7 +183,11 @@ class Attempt:
                 nursery.start_soon(self._cancel_on_signal, signals, caught)
                 with self._cancellable:
                     try:
-                        await self._move()
+                        async with self._pinging(nursery):
+                            try:
+                                await self._move()
+                            except HostError as error:
+                                failure = error
                     except HostError as error:
                         failure = error
                 nursery.cancel_scope.cancel()
@@ -170,21 +196,30 @@ class Attempt:
             raise HostError(
                 f"{step}{failure}; {self.standing}", exit_code=failure.exit_code
             ) from failure
-        too_late = self.move is not None and self.move.target_runs
-        return caught[0] if caught and not too_late else None
+        if not caught or (self.move is not None and self.move.target_runs):
+            return None
+        self.cancelled = f"cancelled; {self.standing}"
+        return caught[0]
+
+    @contextlib.asynccontextmanager
+    async def _pinging(self, nursery: trio.Nursery) -> AsyncIterator[None]:
+        """Echo requests before, meanwhile and after, if there is anyone to send them to."""
+        if self._options.ping is None:
+            yield
+            return
+        async with open_pinger(self._options.ping) as pinger:
+            self.account = attrs.evolve(self.account, pings=pinger.pings)
+            nursery.start_soon(pinger.run)
+            await pinger.answered()
+            await trio.sleep(BEFORE_SECONDS)
+            yield
+            await trio.sleep(AFTER_SECONDS)
+            await pinger.settle()
 
     async def _move(self) -> None:
         options = self._options
         async with contextlib.AsyncExitStack() as stack:
-            progress = _ProgressLine()
-
-            def show(step: str) -> None:
-                if step == PRE_COPY and self.move is not None:
-                    progress.clear()
-                    print(*notes(self.move), sep="", end="", file=sys.stderr)
-                progress.show(step)
-
-            stack.callback(progress.clear)
+            stack.callback(self._progress.clear)
             sides = []
             for name, path, controls in (
                 ("source", options.from_qmp, options.from_control),
@@ -205,9 +240,20 @@ class Attempt:
                 channel=options.channel,
                 offline=options.offline,
                 keep_source=options.keep_source,
-                on_step=show,
+                on_step=self._show,
+                on_look=self._show_more,
             )
             await self.move.run()
+
+    def _show(self, step: str) -> None:
+        if step == PRE_COPY and self.move is not None:
+            self._progress.clear()
+            print(*notes(self.move), sep="", end="", file=sys.stderr)
+        self._progress.say(step, "...")
+
+    def _show_more(self) -> None:
+        if self.move is not None:
+            self._progress.say(PRE_COPY, progress(self.move))
 
     async def _cancel_on_signal(self, signals: AsyncIterator[int], caught: list[int]) -> None:
         async for number in signals:
@@ -277,90 +323,3 @@ def _peer(sock: socket.socket) -> int | None:
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     process = int(_UCRED.unpack(data)[0])
     return process or None
-
-
-class _ProgressLine:
-    """The step, in one line on standard error, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
-
-    def show(self, step: str) -> None:
-        if self._on:
-            self._write(f"{_CLEAR_LINE}{step} ...")
-
-    def clear(self) -> None:
-        if self._on:
-            self._write(_CLEAR_LINE)
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
-# --- the report ---------------------------------------------------------------------------------
-
-
-def notes(move: Move) -> Iterator[str]:
-    """What to know before it takes its time; each line is ended."""
-    for one in move.devices:
-        if not one.logged:
-            yield (
-                f"vfio-user-virtio: {one.ident}: the IOMMU of the source's host cannot tell which "
-                "pages it writes, so the guest is stopped before its memory is copied\n"
-            )
-
-
-def stopped_seconds(done: Move) -> float:
-    """What our own steps add to QEMU's downtime."""
-    return sum(
-        phase.seconds
-        for phase in done.phases
-        if phase.name in STOPPED and phase.name != SWITCH_OVER
-    )
-
-
-def described(options: argparse.Namespace, done: Move) -> dict[str, object]:
-    """For programs."""
-    return {
-        "from": options.from_qmp,
-        "to": options.to_qmp,
-        "devices": [
-            {
-                "id": one.ident,
-                "from": one.source.device,
-                "to": one.target.device,
-                "image_bytes": len(one.stream),
-                "written_bytes": one.written_bytes,
-                "logged": one.logged,
-            }
-            for one in done.devices
-        ],
-        "phases": [attrs.asdict(phase) for phase in done.phases],
-        "seconds": sum(phase.seconds for phase in done.phases),
-        "stopped_seconds": stopped_seconds(done),
-        "downtime_seconds": done.downtime,
-        "failed": done.failed,
-    }
-
-
-def lines(options: argparse.Namespace, done: Move) -> Iterator[str]:
-    """For people."""
-    total = sum(phase.seconds for phase in done.phases)
-    down = "unknown" if done.downtime is None else _ms(done.downtime)
-    yield (
-        f"{options.from_qmp} to {options.to_qmp} in {_ms(total)}, downtime {down}, "
-        f"of which for the devices {_ms(stopped_seconds(done))}"
-    )
-    for phase in done.phases:
-        yield f"    {phase.name:<18}{_ms(phase.seconds):>12}"
-    for one in done.devices:
-        wrote = f"{one.written_bytes:,} that it wrote to the guest's memory"
-        if not one.logged:
-            wrote = "stopped before the guest's memory was copied"
-        yield f"    {one.ident}: {len(one.stream):,} bytes of its own, {wrote}"
-    yield f"    {done.standing}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f} ms"

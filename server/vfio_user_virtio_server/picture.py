@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WIDTH: Final = 1040
 _LEFT: Final = 160
-_RIGHT: Final = 720
+_RIGHT: Final = 750
 """Where time begins and ends; what is moved stands right of it."""
 _ROW: Final = 24
 _BAR: Final = 14
@@ -46,7 +46,7 @@ def page(report: Report) -> str:
     """An HTML page: the picture, and the phases as a table."""
     rows = "".join(
         f"<tr{_DOWN_ROW if span.down else ''}><th>{escaped(span.name)}</th>"
-        f"<td>{duration(span.start - report.start)}</td><td>{duration(span.seconds)}</td>"
+        f"<td>{duration(span.start - report.zero)}</td><td>{duration(span.seconds)}</td>"
         f"<td>{span.byte_count:,}</td><td>{span.page_count:,}</td>"
         f"<td>{escaped('; '.join(_beside(span)))}</td></tr>"
         for span in report.spans
@@ -85,7 +85,7 @@ def svg(report: Report) -> str:
     if report.spans:
         drawing.y += 4
         _legend(drawing, report)
-        _panel(drawing, report, report.start, report.end, list(report.spans))
+        _panel(drawing, report, report.start, report.end, list(report.spans), report.zero)
     down = report.down
     if report.spans and down is not None:
         drawing.y += 40
@@ -93,15 +93,14 @@ def svg(report: Report) -> str:
         drawing.y += 16
         margin = (down[1] - down[0]) * 0.04
         inside = [span for span in report.spans if span.down]
-        _panel(drawing, report, down[0] - margin, down[1] + margin, inside, zero=down[0])
+        _panel(drawing, report, down[0] - margin, down[1] + margin, inside, down[0])
     return drawing.done()
 
 
 def _summary(report: Report) -> Iterator[tuple[str, str]]:
     if not report.spans:
         return
-    first = min(span.start for span in report.spans)
-    yield "in all", duration(max(span.end for span in report.spans) - first)
+    yield "in all", duration(max(span.end for span in report.spans) - report.zero)
     down = report.down
     if down is not None:
         yield "downtime", duration(down[1] - down[0])
@@ -111,7 +110,8 @@ def _summary(report: Report) -> Iterator[tuple[str, str]]:
     busy = sum(span.seconds for span in report.spans if span.byte_count or span.page_count)
     if busy > 0:
         moved += f", {rate((byte_count + 4096 * pages) / busy)} in the phases that moved them"
-    yield "moved", moved
+    if byte_count or pages:
+        yield "moved", moved
     if report.pings:
         yield "packets", str(Answers.of(report.pings))
 
@@ -128,10 +128,10 @@ def _legend(drawing: Drawing, report: Report) -> None:
 
 
 def _colour(span: Span) -> str:
-    return _LOST if span.failed else _DOWN if span.down else _RUNS
+    return _LOST if span.undone else _DOWN if span.down else _RUNS
 
 
-_COLOURS: Final = {_RUNS: "it runs", _DOWN: "nothing runs", _LOST: "failed"}
+_COLOURS: Final = {_RUNS: "it runs", _DOWN: "nothing runs", _LOST: "not done"}
 
 
 def _panel(
@@ -140,10 +140,9 @@ def _panel(
     start: float,
     end: float,
     spans: list[Span],
-    *,
-    zero: float | None = None,
+    zero: float,
 ) -> None:
-    """Rows of phases, a lane of packets and an axis; its zero is at `zero`, or where it starts."""
+    """Rows of phases, lanes of memory and packets, and an axis from `start` to `end`."""
     length = max(end - start, 1e-9)
 
     def x(time: float) -> float:
@@ -156,16 +155,15 @@ def _panel(
     if report.down is not None:
         band, width = x(report.down[0]), x(report.down[1]) - x(report.down[0])
         drawing.box(band, top, max(width, 1), bottom - top, _BAND)
-    origin = start if zero is None else zero
-    for tick in ticks(start - origin, end - origin):
-        drawing.line(x(tick + origin), top, x(tick + origin), bottom, _GRID)
-        drawing.text(x(tick + origin), bottom + 16, duration(tick), _FAINT, "middle", 11)
+    for tick in ticks(start - zero, end - zero):
+        drawing.line(x(tick + zero), top, x(tick + zero), bottom, _GRID)
+        drawing.text(x(tick + zero), bottom + 16, duration(tick), _FAINT, "middle", 11)
     for span in spans:
         middle = drawing.y + _ROW / 2
         drawing.text(0, middle + 4, span.name)
         width = max(x(span.end) - x(span.start), 1)
         drawing.box(x(span.start), middle - _BAR / 2, width, _BAR, _colour(span))
-        words = _LOST if span.failed else INK
+        words = _LOST if span.undone else INK
         drawing.text(_RIGHT + 14, middle + 4, _moved(span), words, size=12)
         drawing.y += _ROW
     if len(left) > 1:
@@ -186,7 +184,7 @@ def _moved(span: Span) -> str:
 
 
 def _beside(span: Span) -> list[str]:
-    return [*(["failed"] if span.failed else []), *([span.note] if span.note else [])]
+    return [said for said in (span.undone, span.note) if said]
 
 
 def _memory(drawing: Drawing, points: list[tuple[float, int]]) -> None:

@@ -33,6 +33,9 @@ INTERVAL: Final = 0.02
 PATIENCE: Final = 3.0
 """Seconds in which the first one must be answered."""
 
+GRACE: Final = 0.5
+"""Seconds after which one without an answer counts as unanswered."""
+
 _ECHO: Final = struct.Struct(">BBHHH")
 assert _ECHO.size == 8
 _PAYLOAD: Final = bytes(56)
@@ -78,7 +81,7 @@ class Answers:
 
 
 class Pinger:
-    """Sends echo requests as long as it is `run`, which is not beyond `open_pinger`."""
+    """Sends echo requests as long as it is `run`; made by `open_pinger`."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.pings: list[Ping] = []
@@ -86,20 +89,37 @@ class Pinger:
         self._sender = sock
         self._receiver = trio.socket.from_stdlib_socket(sock)
         _, self._request, self._answer = _KINDS[sock.family]
-        self._answered = trio.Event()
+        self._heard = trio.Event()
+        self._sending = True
 
     async def run(self) -> None:
-        """For ever."""
+        """Until it is closed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._receive)
-            while True:
+            while self._sending:
                 self._send()
                 await trio.sleep(INTERVAL)
+
+    async def settle(self) -> None:
+        """Send no more, and wait for the last answers."""
+        self._sending = False
+        with trio.move_on_after(GRACE):
+            while any(ping.answered is None for ping in self.pings[-int(GRACE / INTERVAL) :]):
+                await self._heard.wait()
+
+    def close(self) -> None:
+        """End it; of those that went out just now nothing is known."""
+        self._sending = False
+        self._receiver.close()
+        since = trio.current_time() - GRACE
+        while self.pings and self.pings[-1].answered is None and self.pings[-1].sent > since:
+            self.pings.pop()
 
     async def answered(self) -> None:
         """Until there is a first answer.  Raises HostError."""
         with trio.move_on_after(PATIENCE):
-            await self._answered.wait()
+            while all(ping.answered is None for ping in self.pings):
+                await self._heard.wait()
             return
         raise HostError(
             f"{self._address} does not answer echo requests of this host in {PATIENCE:g} s",
@@ -116,6 +136,8 @@ class Pinger:
         while True:
             try:
                 self.take_untrusted(await self._receiver.recv(1024))
+            except trio.ClosedResourceError:
+                return
             except OSError:  # nobody there, says some router
                 await trio.sleep(INTERVAL)
 
@@ -128,7 +150,8 @@ class Pinger:
         number = last - ((last - sequence) & 0xFFFF)
         if kind == self._answer and number >= 0 and self.pings[number].answered is None:
             self.pings[number] = attrs.evolve(self.pings[number], answered=trio.current_time())
-            self._answered.set()
+            self._heard.set()
+            self._heard = trio.Event()
 
 
 @contextlib.asynccontextmanager
@@ -146,8 +169,11 @@ async def open_pinger(address: str) -> AsyncIterator[Pinger]:
         raise HostError(
             f"cannot send echo requests to {address}: {error.strerror}", exit_code=os.EX_NOHOST
         ) from None
-    with sock:
-        yield Pinger(sock, address)
+    pinger = Pinger(sock, address)
+    try:
+        yield pinger
+    finally:
+        pinger.close()
 
 
 async def _connected(address: str) -> socket.socket:

@@ -48,6 +48,11 @@ class Report:
     stopped: tuple[float, float] | None = None
 
     @property
+    def zero(self) -> float:
+        """When it began; there may be packets from before."""
+        return min((span.start for span in self.spans), default=0.0)
+
+    @property
     def start(self) -> float:
         times = [span.start for span in self.spans] + [ping.sent for ping in self.pings]
         return min(times, default=0.0)

@@ -142,7 +142,7 @@ class Attempt:
         done = self.sending
         if done is None:
             return Report("A device is sent", [], failure=failure)
-        if not failure and any(span.failed for span in done.spans):
+        if not failure and any(span.undone for span in done.spans):
             failure = f"cancelled; {self.standing}"
         return Report(f"{_name(done)} to {_target(done)}", done.spans, failure=failure)
 

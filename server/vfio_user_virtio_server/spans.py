@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Span:
     """A phase: when it began, in seconds of any clock, how long it took, and what moved in it.
 
-    `down`: the guest, or its device, did not run meanwhile.  `failed`: it was not done.  `note`: a
-    few words beside it.
+    `down`: the guest, or its device, did not run meanwhile.  `undone`: in a word, why it was not
+    done.  `note`: a few words beside it.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Span:
     byte_count: int = 0
     page_count: int = 0
     down: bool = False
-    failed: bool = False
+    undone: str = ""
     note: str = ""
 
     @property
@@ -36,13 +36,13 @@ class Span:
 
 @contextlib.contextmanager
 def timed(spans: list[Span], name: str, *, down: bool) -> Iterator[Span]:
-    """A further one of `spans`, by trio's clock, which lasts as long as this; it fails as this."""
+    """A further one of `spans`, by trio's clock, for as long as this lasts."""
     span = Span(name, trio.current_time(), down=down)
     spans.append(span)
     try:
         yield span
-    except BaseException:
-        span.failed = True
+    except BaseException as error:
+        span.undone = "cancelled" if isinstance(error, trio.Cancelled) else "failed"
         raise
     finally:
         span.seconds = trio.current_time() - span.start

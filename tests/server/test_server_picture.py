@@ -111,7 +111,7 @@ def test_of_many_packets_the_worst_are_kept() -> None:
 
 def test_what_failed_is_drawn_as_far_as_it_came() -> None:
     why = "copy: it is no longer there; " + "and so on " * 30
-    spans = [*SPANS[:3], Span("copy", 103.25, 0.5, down=True, failed=True, note="of two")]
+    spans = [*SPANS[:3], Span("copy", 103.25, 0.5, down=True, undone="failed", note="of two")]
     spans.append(Span("undo stop", 103.75, 0.25, down=True))
     root = ET.fromstring(picture.svg(Report("a to b", spans, failure=why)))
     said = texts(root)
@@ -121,10 +121,10 @@ def test_what_failed_is_drawn_as_far_as_it_came() -> None:
     assert boxes(root, picture._LOST)[0] == pytest.approx(
         (left + (right - left) * 3.25 / 4, left + (right - left) * 3.75 / 4), abs=0.1
     )
-    assert {"it runs", "nothing runs", "failed"} <= set(said)
+    assert {"it runs", "nothing runs", "not done"} <= set(said)
     page = picture.page(Report("a to b", spans))
     assert "<td>failed; of two</td>" in page
-    assert "failed" not in texts(ET.fromstring(picture.svg(WHOLE)))
+    assert "not done" not in texts(ET.fromstring(picture.svg(WHOLE)))
 
 
 def test_only_why_it_was_not_begun() -> None:
@@ -177,7 +177,7 @@ times = st.floats(0, 1e6)
             times,
             st.integers(0, 1 << 60),
             down=st.booleans(),
-            failed=st.booleans(),
+            undone=names,
             note=names,
         )
     ),

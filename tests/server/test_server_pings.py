@@ -13,7 +13,7 @@ import trio
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import pings
-from vfio_user_virtio_server.pings import INTERVAL, Answers, Ping, Pinger, open_pinger
+from vfio_user_virtio_server.pings import GRACE, INTERVAL, Answers, Ping, Pinger, open_pinger
 
 if TYPE_CHECKING:
     from tests.testbed.netns import Netns
@@ -146,3 +146,35 @@ def test_what_became_of_them() -> None:
     assert str(Answers.of(some[1:2])) == "1 sent, 1 unanswered; no answer for 0 at most"
     assert Answers.of([Ping(1.0, 1.1), Ping(2.0, None), Ping(9.0, None)]).silence == 7.9
     assert Answers.of([]) == Answers(0, 0, None, 0.0)
+
+
+async def test_the_last_ones_are_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    pinger, guest = pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pinger.run)
+        await trio.sleep(2.5 * INTERVAL)
+
+        async def answer() -> None:
+            await trio.sleep(GRACE / 2)
+            assert len(pinger.pings) == 3, "it sends no more"
+            for number in range(3):
+                guest.send(struct.pack(">BBHHH", 0, 0, 0, 0, number))
+
+        nursery.start_soon(answer)
+        await pinger.settle()
+        pinger.close()
+    assert trio.current_time() < pinger.pings[0].sent + GRACE
+    assert Answers.of(pinger.pings).unanswered == 0
+    guest.close()
+
+
+async def test_of_the_last_ones_nothing_is_known(autojump_clock: trio.testing.MockClock) -> None:
+    pinger, guest = pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pinger.run)
+        await trio.sleep(2 * GRACE - INTERVAL / 2)
+        pinger.close()
+    assert len(pinger.pings) == GRACE / INTERVAL
+    assert Answers.of(pinger.pings).unanswered == GRACE / INTERVAL
+    await pinger.settle()
+    guest.close()

@@ -64,9 +64,10 @@ if TYPE_CHECKING:
 EVENT_SECONDS: Final = 2.0
 """How long an event of a command that has been answered may be late."""
 
+LOOK: Final = "look"
 PRE_COPY: Final = "pre-copy"
 SWITCH_OVER: Final = "switch over"
-"""The steps in which QEMU sends the guest's memory."""
+"""Steps that are told apart: in the last two QEMU sends the guest's memory."""
 
 _FDNAME: Final = "vfio-user-virtio-migration"
 
@@ -458,7 +459,7 @@ class Move:
         named = {phase.name: phase for phase in self.phases}
         if ram is None or PRE_COPY not in named:
             return
-        if not self._offline:
+        if ram.sent_running:
             named[PRE_COPY].byte_count = ram.sent_running
         if SWITCH_OVER in named:
             named[SWITCH_OVER].byte_count = ram.sent - named[PRE_COPY].byte_count
@@ -466,7 +467,7 @@ class Move:
 
 STEPS: Final = (
     Step("check", Move._check),
-    Step("look", Move._look),
+    Step(LOOK, Move._look),
     Step("listen", Move._listen, Move._stop_listening),
     Step("prepare devices", Move._prepare_devices, Move._stop_logs),
     Step(PRE_COPY, Move._copy, Move._run_source),

@@ -73,16 +73,14 @@ class Ram:
     """How far QEMU's migration is, in bytes of the guest's memory.
 
     `sent`: on the wire so far, of which `sent_running` while the guest ran; `left`: to be sent, of
-    `size`.  `bits_per_second` is 0 until QEMU has measured it.  `rounds`: how often it has begun.
-    `downtime`: seconds that it would take QEMU to send the rest, as it expects; None if it does not
-    know.
+    `size`.  `rounds`: how often it has begun.  `downtime`: seconds that it would take QEMU to send
+    the rest, as it expects; None if it does not know.
     """
 
     size: int
     sent: int
     sent_running: int
     left: int
-    bits_per_second: float
     rounds: int
     downtime: float | None
 
@@ -232,13 +230,12 @@ class Qemu:
 def _ram(said: Mapping[str, Json]) -> Ram:
     """What ``query-migrate`` says; see qapi/migration.json, MigrationRAMStats."""
     ram = _dict(said["ram"])
-    downtime, speed = said.get("expected-downtime"), ram.get("mbps", 0)
+    downtime = said.get("expected-downtime")
     return Ram(
         size=_int(ram.get("total")),
         sent=_int(ram.get("transferred")),
         sent_running=_int(ram.get("precopy-bytes", 0)),
         left=_int(ram.get("remaining")),
-        bits_per_second=1e6 * speed if isinstance(speed, (int, float)) else 0,
         rounds=_int(ram.get("dirty-sync-count", 0)),
         downtime=None if downtime is None else _int(downtime) / 1e3,
     )

@@ -5,8 +5,10 @@ The source has to be afterwards what it was before, in all that can be asked of 
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import pty
+import re
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -19,12 +21,13 @@ from tests.server.vm.bare_qemu import bare_qemu
 from tests.testbed.machine import vfio_user_pci
 from tests.testbed.server_process import COMMAND, serve
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio_server import migrate_vm
-from vfio_user_virtio_server.vm import pci_state
+from vfio_user_virtio_server import picture
+from vfio_user_virtio_server.pings import Ping
+from vfio_user_virtio_server.vm import account, pci_state
 from vfio_user_virtio_server.vm.control import ServerControl, connect_server
 from vfio_user_virtio_server.vm.errors import NotMovable
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
-from vfio_user_virtio_server.vm.move import STEPS, Move, MovedDevice, Place
+from vfio_user_virtio_server.vm.move import PRE_COPY, STEPS, STOPPED, Move, MovedDevice, Place
 from vfio_user_virtio_server.vm.qemu import Facts, Qemu
 from vfio_user_virtio_server.vm.qtest import open_qtest
 
@@ -152,6 +155,24 @@ class Injected(HostError):
     pass
 
 
+def check_drawn(move: Move, how: str) -> None:
+    """A move that was not done: as far as it came, what was undone, and while the guest stood."""
+    drawn = account.Account("a", "b").drawn(move, f"{how}; {move.standing}")
+    begun = [step for step in STEPS if step.name in {phase.name for phase in move.phases}]
+    undone = [f"undo {step.name}" for step in reversed(begun) if step.undo is not None]
+    assert [span.name for span in drawn.spans] == [*(step.name for step in begun), *undone]
+    assert [span.name for span in drawn.spans if span.undone == how] == [begun[-1].name]
+    down = {span.name for span in drawn.spans if span.down}
+    names = {step.name for step in begun}
+    assert down >= names & STOPPED
+    assert not down - STOPPED - {f"undo {name}" for name in STOPPED | {PRE_COPY}}
+    if drawn.stopped is not None:
+        assert drawn.spans[0].start < drawn.stopped[0] < drawn.stopped[1] < drawn.end
+    assert (drawn.stopped is not None) == bool(names & STOPPED)
+    assert drawn.failure.startswith(how)
+    picture.svg(drawn)
+
+
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
 async def test_a_step_that(how: str, bed: Bed, tmp_path: Path) -> None:
     async with open_rig(bed, tmp_path) as rig:
@@ -177,6 +198,7 @@ async def test_a_step_that(how: str, bed: Bed, tmp_path: Path) -> None:
             assert move.failed == []
             assert not move.target_runs
             assert await source.remarkable() == before, step
+            check_drawn(move, "failed" if how == "fails" else "cancelled")
             touched = any(one.undo for one in STEPS[: STEPS.index(step) + 1])
             assert ("nothing was changed" in move.standing) == (not touched)
             if touched:
@@ -191,6 +213,34 @@ async def test_a_step_that(how: str, bed: Bed, tmp_path: Path) -> None:
         assert await target.qemu.status() == "running"
 
 
+def check_told(done: Move, offline: bool) -> None:
+    """By numbers, in words and as a picture: what moved when, and in which time the guest stood."""
+    told = account.Account("a", "b", [Ping(1.0, 1.5)])
+    data = json.loads(json.dumps(told.described(done)))
+    phases = {phase["name"]: phase for phase in data["phases"]}
+    assert list(phases) == [step.name for step in STEPS]
+    assert phases["check"]["start"] == 0
+    starts = [phase["start"] for phase in data["phases"]]
+    assert starts == sorted(starts)
+    moved = {name: phase["byte_count"] for name, phase in phases.items() if phase["byte_count"]}
+    assert list(moved) == ["pre-copy", "switch over", "load devices"]
+    assert moved["pre-copy"] > 100_000 > moved["load devices"] == data["devices"][0]["image_bytes"]
+    assert data["packets"] == {"sent": 1, "unanswered": 0, "slowest": 0.5, "silence": 0.5}
+    said = list(told.lines(done))
+    assert said[0].startswith("a to b in ")
+    assert any(f"{moved['pre-copy']:,} bytes" in line for line in said)
+    assert "packets to the guest: 1 sent, 0 unanswered, the slowest after 500 ms" in said[-2]
+    drawn = told.drawn(done, "")
+    down = [span.name for span in drawn.spans if span.down]
+    stopped = [step.name for step in STEPS if step.name in STOPPED]
+    assert down == ["pre-copy"] * offline + stopped
+    assert drawn.down is not None
+    assert drawn.down[1] - drawn.down[0] == pytest.approx(done.downtime, abs=0.2)
+    assert drawn.facts["outcome"].startswith("the guest runs at the target")
+    assert "device at both servers; " in drawn.facts["device vf"]
+    picture.svg(drawn)
+
+
 @pytest.mark.parametrize("offline", [False, True])
 async def test_the_source_is_kept_if_told(offline: bool, bed: Bed, tmp_path: Path) -> None:
     async with open_rig(bed, tmp_path) as rig:
@@ -200,6 +250,7 @@ async def test_the_source_is_kept_if_told(offline: bool, bed: Bed, tmp_path: Pat
         assert done.failed == []
         assert done.downtime is not None
         assert 0 < done.downtime < 20
+        check_told(done, offline)
         assert await source.qemu.status() == "postmigrate"
         (device,) = await source.server.devices()
         assert device.state == "STOP"
@@ -238,10 +289,9 @@ async def test_a_device_that_logs_no_pages(
         assert move.target_runs
         assert move.failed == []
         assert move.devices[0].written == ()
-        (note,) = migrate_vm.notes(move)
+        (note,) = account.notes(move)
         assert "vf: the IOMMU of the source's host cannot tell which pages it writes" in note
-        ends = argparse.Namespace(from_qmp="a", to_qmp="b")
-        said = "\n".join(migrate_vm.lines(ends, move))
+        said = "\n".join(account.Account("a", "b").lines(move))
         assert "bytes of its own, stopped before the guest's memory was copied" in said
         assert await target.qemu.status() == "running"
 
@@ -310,6 +360,11 @@ async def test_the_command_says_where_the_guest_is(bed: Bed, tmp_path: Path) -> 
             )
             return done.returncode, done.stdout.decode(), done.stderr.decode()
 
+        svg = tmp_path / "r.svg"
+        code, _, said = await run("--report", str(svg), "--ping", "no such host")
+        assert code == 68
+        assert said.endswith("to no such host: Name or service not known; nothing was changed\n")
+        assert "to no such host" in svg.read_text()
         code, _, said = await run("--device", "vf=other")
         assert (code, "called other: none" in said) == (64, True), said
         code, _, said = await run("--device", "nic=device")
@@ -317,39 +372,73 @@ async def test_the_command_says_where_the_guest_is(bed: Bed, tmp_path: Path) -> 
         assert "check: the source has no vfio-user-pci with id nic" in said
         assert said.endswith("nothing was changed\n")
 
-        code, _, said = await run("--channel", "tcp:nowhere.invalid:1")
+        code, _, said = await run("--channel", "tcp:nowhere.invalid:1", "--report", str(svg))
         assert code == 74
         assert "listen: the target's QEMU: migrate-incoming:" in said
         assert said.endswith("the source runs on, the target has ended\n")
         assert await source.qemu.status() == "running"
+        assert ">undo listen</text>" in svg.read_text()
 
         target = await rig.end(incoming=True)
         code, text, said = await run("--json", "--device", "vf=device:device")
         assert (code, said) == (0, "")
         report = json.loads(text)
-        assert [one["name"] for one in report["phases"]] == [step.name for step in STEPS]
+        assert report["packets"] is None
         assert report["devices"][0]["id"] == "vf"
         assert report["failed"] == []
 
         source, target = target, await rig.end(incoming=True)
-        code, text, said = await run()
+        code, text, said = await run("--report", str(svg))
         assert (code, said) == (0, "")
+        assert ">the guest runs at the target</text>" in svg.read_text()
         assert text.splitlines()[-1].strip() == "the guest runs at the target"
 
 
 async def test_control_c_cancels(bed: Bed, tmp_path: Path) -> None:
+    """In the midst of what a terminal shows of the pre-copy."""
     async with open_rig(bed, tmp_path) as rig:
         source, target = await rig.end(incoming=False), await rig.end(incoming=True)
         # So slow that it cannot be over before the signal.
         await source.qemu.qmp.execute("migrate-set-parameters", max_bandwidth=10_000)
-        source.qemu.qmp.forget_events()
-        process = await trio.lowlevel.open_process(command(source, target), stderr=-1)
-        await source.qemu.set_capabilities(frozenset({"events"}), True)
-        await source.qemu.qmp.wait_event(lambda event: event.data.get("status") == "active")
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        said = b"".join([data async for data in process.stderr]).decode()
+        svg = tmp_path / "r.svg"
+        ours, theirs = pty.openpty()
+        try:
+            process = await trio.lowlevel.open_process(
+                command(source, target, "--report", str(svg)), stderr=theirs
+            )
+            os.close(theirs)
+            shown = await _shown(ours, lambda text: " left, " in text)
+            process.send_signal(signal.SIGINT)
+            shown += await _shown(ours, lambda _: False)
+        finally:
+            os.close(ours)
         assert await process.wait() == 130
-        assert said.endswith("cancelled; the source runs on, the target has ended\n")
+        assert "\r\33[Klook: ...\r" in shown
+        assert re.search(
+            r"pre-copy: [\d.]+ \wB sent, [\d.]+ MB left, "
+            r"([\d.]+ \w?B/s, )?downtime up to 300 ms \+ ~\d+ \ws for devices\r",
+            shown,
+        ), shown
+        assert "\r\33[Kundo listen: ...\r\33[K" in shown
+        said = shown.rpartition("\33[K")[2]
+        assert said.strip() == (
+            "vfio-user-virtio: cancelled; the source runs on, the target has ended"
+        )
+        drawn = svg.read_text()
+        assert ", cancelled</text>" in drawn
+        assert ">cancelled; the source runs on, the target has ended</text>" in drawn
         assert await source.qemu.status() == "running"
         await target.qemu.qmp.wait_gone()
+
+
+async def _shown(terminal: int, enough: Callable[[str], bool]) -> str:
+    """What came out until it is enough, or nobody writes there any more."""
+    shown = b""
+    with trio.fail_after(30):
+        while not enough(shown.decode()):
+            await trio.lowlevel.wait_readable(terminal)
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:
+                break
+    return shown.decode()
