@@ -48,6 +48,7 @@ from vfio_user_virtio_server.vm.control import connect_server
 from vfio_user_virtio_server.vm.move import PRE_COPY, Move, MovedDevice, Place
 from vfio_user_virtio_server.vm.qemu import Qemu
 from vfio_user_virtio_server.vm.qmp import open_qmp
+from vfio_user_virtio_server.vm.take_back import take_back_by
 
 if TYPE_CHECKING:
     import argparse
@@ -113,6 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the source's QEMU stopped; otherwise it is ended",
     )
+    parser.add_argument(
+        "--take-back",
+        action="store_true",
+        help="do not move it: let it run at the source again, and end the target, after a "
+        "migrate-vm with the same sockets was killed",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--report",
@@ -139,6 +146,9 @@ def parse_device(text: str) -> NamedDevice:
 def run(options: argparse.Namespace) -> int:
     if options.from_qmp == options.to_qmp:
         raise HostError("--from-qmp and --to-qmp are the same", exit_code=os.EX_USAGE)
+    if options.take_back:
+        print(trio.run(take_back_by, options.from_qmp, options.from_control, options.to_qmp))
+        return os.EX_OK
     attempt = Attempt(options)
     with report.kept(options.report, attempt.drawn):
         cancelled_by = trio.run(attempt.run)

@@ -84,7 +84,10 @@ def _machines(source: Facts, target: Facts) -> Iterator[str]:
 
 def _states(source: Facts, target: Facts) -> Iterator[str]:
     if source.status != "running":
-        yield f"the source's guest is {source.status}; it has to be running"
+        yield (
+            f"the source's guest is {source.status}; it has to be running "
+            "(--take-back, if a migrate-vm that was killed has left it so)"
+        )
     if source.migration not in ("none", "completed", "failed", "cancelled"):
         yield f"the source is being migrated already ({source.migration})"
     for reason in source.blockers:

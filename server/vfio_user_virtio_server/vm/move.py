@@ -21,9 +21,9 @@ interrupted, and is tried even if another failed.  Only the target's ``cont`` ca
 long as it may have been obeyed, the source's guest does not run: its way back begins with the
 target's end.
 
-If this process itself is killed, the servers let go of what it held by themselves, and the source
-may wait in ``pre-switchover``: ``migrate_cancel`` at its monitor lets its guest run.  The target
-never runs then, since nobody says ``cont``.
+If another process is killed, `standing` says what becomes of the guest.  If it is this one, the
+servers let go of what it held by themselves, and `take_back` lets the source's guest run.  The
+target never runs then, since nobody says ``cont``.
 
 The target's own ``-S`` is not relied on: ``stop`` is said to it while it waits.  The source ends
 when the target runs, unless `keep_source`; then it stays stopped, and its devices with it.

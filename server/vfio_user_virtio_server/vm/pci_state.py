@@ -313,6 +313,16 @@ async def with_command(access: PciAccess, state: PciState) -> None:
     await access.write_config([(COMMAND, 2, state.command)])
 
 
+async def with_intx(access: PciAccess, state: PciState) -> None:
+    """INTx as it has to be where it is in use, which is where MSI-X is off.  Raises QemuError."""
+    on = [
+        state.load(offset + _MSIX_CONTROL, 2) & _MSIX_ENABLE
+        for offset in state.capabilities.get(_MSIX, ())
+    ]
+    if not any(on):
+        await access.write_config([(COMMAND, 2, state.command & ~Command.INTX_DISABLE)])
+
+
 async def restore(access: PciAccess, state: PciState) -> None:
     """Make the function at `access`, which is as after power on, be as `state` has it.
 
