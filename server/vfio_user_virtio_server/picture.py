@@ -45,7 +45,7 @@ _GRID: Final = "#e3e7ec"
 def page(report: Report) -> str:
     """An HTML page: the picture, and the phases as a table."""
     rows = "".join(
-        f"<tr{_DOWN_ROW if span.down else ''}><th>{escaped(span.name)}</th>"
+        f"<tr{_row(span)}><th>{escaped(span.name)}</th>"
         f"<td>{duration(span.start - report.zero)}</td><td>{duration(span.seconds)}</td>"
         f"<td>{span.byte_count:,}</td><td>{span.page_count:,}</td>"
         f"<td>{escaped('; '.join(_beside(span)))}</td></tr>"
@@ -60,7 +60,10 @@ def page(report: Report) -> str:
     )
 
 
-_DOWN_ROW: Final = ' class="down"'
+def _row(span: Span) -> str:
+    return ' class="undone"' if span.undone else ' class="down"' if span.down else ""
+
+
 _STYLE: Final = (
     f"body{{font:14px sans-serif;color:{INK};background:#fff;max-width:{_WIDTH}px;"
     "margin:2em auto}svg{width:100%;height:auto}"
@@ -68,6 +71,7 @@ _STYLE: Final = (
     "th{text-align:left;font-weight:normal}td{text-align:right}"
     f"th,td{{padding:.2em 1.2em .2em 0;border-bottom:1px solid {_GRID}}}"
     f"thead th,thead td{{color:{_FAINT}}}.down th{{color:{_DOWN}}}"
+    f".undone{{color:{_LOST}}}"
 )
 
 

@@ -180,7 +180,8 @@ def _facts(move: Move) -> Iterator[tuple[str, str]]:
             rounds = f", rounds: {move.looks[-1][1].rounds}" if move.looks else ""
             yield "pre-copy", f"{rate(phase.byte_count / phase.seconds)}{rounds}"
     if move.downtime is not None:
-        yield "by the QEMUs' clocks", f"stopped for {_down(move)}"
+        stood = _down(move) if move.target_runs else duration(move.downtime)
+        yield "by the QEMUs' clocks", f"stopped for {stood}"
 
 
 def _stopped(move: Move) -> tuple[float, float] | None:
