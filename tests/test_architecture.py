@@ -70,7 +70,7 @@ ARROWS: Final[dict[str, frozenset[str]]] = {
     "transport": SEAMS | {"eventfd", "protocol", "memory"},
     "backends": SEAMS | {"eventfd", "pci", "virtio", "memory", "migration"},
     "control": SEAMS | {"protocol", "memory", "migration", "transport"},
-    "libvfio_user": SEAMS | {"eventfd", "protocol", "memory"},
+    "libvfio_user": SEAMS | {"eventfd", "protocol", "memory", "transport"},
     "testing": LIBRARY | {"backends", "libvfio_user"},
 }
 """What each part of the library may import beside itself: backends know nothing of the wire,

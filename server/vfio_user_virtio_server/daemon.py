@@ -43,14 +43,13 @@ if TYPE_CHECKING:
 
     from vfio_user_virtio.backends.software.owner import Owner
     from vfio_user_virtio.device import Device
-    from vfio_user_virtio.transport.listener import MakeSession
-    from vfio_user_virtio.transport.session import Session
+    from vfio_user_virtio.transport.listener import MakeSession, Serving
     from vfio_user_virtio_server.config import Configuration, Configured, Served, SocketConfig
     from vfio_user_virtio_server.physical_config import PhysicalOwnerConfig
 
 _log: Final = logging.getLogger(__name__)
 
-Watcher: TypeAlias = "Callable[[Session], None]"
+Watcher: TypeAlias = "Callable[[Serving], None]"
 """Is told of each session of a device when it begins."""
 
 _START_CHECKPOINTS: Final = 5
@@ -197,7 +196,7 @@ async def _stop_on_signal(
         clients.cancel_scope.cancel()
 
 
-def _nobody(_: Session) -> None:
+def _nobody(_: Serving) -> None:
     """Without a control interface nobody looks at sessions."""
 
 
@@ -217,6 +216,15 @@ def _start_control(
     return [control.session_began for control in controls]
 
 
+def _watched(make_session: MakeSession, watcher: Watcher) -> MakeSession:
+    def make(sock: socket.socket, device: Device, name: str) -> Serving:
+        session = make_session(sock, device, name)
+        watcher(session)
+        return session
+
+    return make
+
+
 async def _serve_device(
     name: str,
     device: Device,
@@ -227,6 +235,8 @@ async def _serve_device(
     make_session: MakeSession | None = None,
 ) -> None:
     """Serve the clients of one device.  Returns when there can be no other."""
+    if make_session is not None:
+        make_session = _watched(make_session, watcher)
     try:
         if door.listening and not one_off:
             await serve_listener(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import pytest
 
-from tests.e2e import traffic
+from tests.e2e import moving, traffic
 from tests.e2e.served import TAP_MACHINE, guest_on_tap
 from tests.testbed.machine import Iommu
 from vfio_user_virtio.libvfio_user import LibraryError, load
@@ -51,3 +51,19 @@ async def test_iommu(bed: Bed, netns: Netns, tmp_path: Path, iommu: Iommu) -> No
     async with guest_on_tap(bed, netns, tmp_path, *ENGINE, machine=machine) as guest:
         await traffic.check_ping(guest, netns)
         await traffic.check_integrity(guest, netns, mebibytes=1)
+
+
+async def test_it_moves_under_traffic(bed: Bed, netns: Netns, tmp_path: Path) -> None:
+    """By `migrate-vm`, which has the devices by their servers' control sockets."""
+    async with moving.open_mover(bed, netns, tmp_path, *ENGINE) as mover:
+        here = await mover.end(incoming=False)
+        async with moving.running_traffic(netns, here.guest) as passing:
+            for _ in range(2):
+                there = await mover.end(incoming=True)
+                done = await moving.move(here, there, lambda _: None)
+                assert done.target_runs
+                await passing.pass_more(4)
+                here = there
+            sent, lost = await passing.check(here.guest)
+            print(f"{sent} pings, {lost} lost")
+        assert await here.guest.kernel_complaints() == []

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.memory.guest_memory import MappedRange
     from vfio_user_virtio.migration.member_migration import MemberMigration
     from vfio_user_virtio.migration.migratable_device import DmaLogging
-    from vfio_user_virtio.transport.session import Session
+    from vfio_user_virtio.transport.listener import Serving
 
 _log: Final = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class DeviceControl:
 
     def __init__(self, name: str, device: Device, *, kind: str, identity: str) -> None:
         self.name: Final = name
-        self._session: Session | None = None
+        self._session: Serving | None = None
         """The last session, over or not."""
         self._kind = kind
         self._identity = identity
@@ -117,7 +117,7 @@ class DeviceControl:
         self._logs: Caller | None = None
         """Whose it is while the holder is CONTROL; None: anybody's."""
 
-    def session_began(self, session: Session) -> None:
+    def session_began(self, session: Serving) -> None:
         self._session = session
 
     # --- what there is -------------------------------------------------------------------------

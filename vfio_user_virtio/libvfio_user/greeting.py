@@ -25,8 +25,12 @@ from typing import TYPE_CHECKING, Final
 from vfio_user_virtio.errors import ConnectionLost
 from vfio_user_virtio.libvfio_user.arrival import refuse, take
 from vfio_user_virtio.libvfio_user.context import Context
-from vfio_user_virtio.protocol.header import Command, encode_command
-from vfio_user_virtio.protocol.version import decode_version_request_untrusted
+from vfio_user_virtio.protocol.header import HEADER_SIZE, Command, encode_command
+from vfio_user_virtio.protocol.version import (
+    Version,
+    decode_version_reply_untrusted,
+    decode_version_request_untrusted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,10 +53,11 @@ def listening_context(library: Library) -> Iterator[tuple[Context, str]]:
         yield Context(library, path), path
 
 
-def greet(context: Context, path: str, sock: socket.socket, message: Message) -> None:
+def greet(context: Context, path: str, sock: socket.socket, message: Message) -> Version:
     """Let `context`, which listens at `path`, negotiate with who sent `message` by `sock`.
 
-    Raises ConnectionLost, also when the library refuses, which the client has been told then.
+    What they have agreed on.  Raises ConnectionLost, also when the library refuses, which the
+    client has been told then.
     """
     _check_greeting(sock, message)
     take(sock, message)
@@ -64,10 +69,11 @@ def greet(context: Context, path: str, sock: socket.socket, message: Message) ->
             context.attach()
         except OSError as error:
             refusal = error
-        _pass_on(stand_in, sock)
+        answer, num_fds = _pass_on(stand_in, sock)
         if refusal is not None:
             raise ConnectionLost(f"libvfio-user refuses VERSION: {refusal.strerror}")
         os.dup2(sock.fileno(), context.poll_fd, inheritable=False)
+    return decode_version_reply_untrusted(answer[HEADER_SIZE:], num_fds)
 
 
 def _check_greeting(sock: socket.socket, message: Message) -> None:
@@ -89,7 +95,8 @@ def _decode_greeting_untrusted(message: Message) -> None:
     decode_version_request_untrusted(message.payload, len(message.fds))
 
 
-def _pass_on(stand_in: socket.socket, sock: socket.socket) -> None:
+def _pass_on(stand_in: socket.socket, sock: socket.socket) -> tuple[bytes, int]:
+    """The answer, and how many fds it has."""
     answer, fds, _, _ = socket.recv_fds(stand_in, _MAX_ANSWER, 1, socket.MSG_DONTWAIT)
     try:
         socket.send_fds(sock, [answer], fds)
@@ -98,3 +105,4 @@ def _pass_on(stand_in: socket.socket, sock: socket.socket) -> None:
     finally:
         for fd in fds:
             os.close(fd)
+    return answer, len(fds)

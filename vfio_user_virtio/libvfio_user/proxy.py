@@ -88,10 +88,14 @@ _SET: Final = FeatureOperation.SET
 
 
 class DeviceProxy:
-    """See the module head; satisfies `description.Answers`.  `over`: the device is not ours."""
+    """See the module head; satisfies `description.Answers`.  `over`: the device is not ours.
+
+    `refusals`: how many requests the device did not carry out.
+    """
 
     def __init__(self, device: Device, name: str) -> None:
         self.over = False
+        self.refusals = 0
         self._device = device
         self._name = name
         self._context: Context | None = None
@@ -180,6 +184,7 @@ class DeviceProxy:
             return trio.from_thread.run(function, *args)
         except ClientError as error:
             _log.debug("%s: refused: %s", self._name, error)
+            self.refusals += 1
             raise OSError(error.errno, str(error)) from None
 
     # --- before and after the library answers ---------------------------------------------------
@@ -194,6 +199,13 @@ class DeviceProxy:
 
         Raises ClientError: then the library must not have it.
         """
+        try:
+            self._prepare(message)
+        except ClientError:
+            self.refusals += 1
+            raise
+
+    def _prepare(self, message: Message) -> None:
         if message.size > _MAX_MESSAGE_SIZE:
             raise ClientError(
                 errno.EINVAL,

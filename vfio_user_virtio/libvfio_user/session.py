@@ -32,7 +32,7 @@ fds where none belong: EINVAL      closed, and the command carried out
 IRQ flags as the device has them   EVENTFD alone, for every index
 a region without sparse areas      is shown with one area
 a message may take 10 s            longer, if it is none of those that are looked at beforehand
-statistics, `status`               none
+refusals and bytes are counted     only refusals by the device, and what comes from the client
 =================================  ===============================================================
 
 Nothing else differs that a client could see, and nothing that a guest could.  In particular, what
@@ -48,6 +48,8 @@ import contextlib
 import errno
 import logging
 import socket
+import time
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -62,19 +64,20 @@ from vfio_user_virtio.libvfio_user.proxy import DeviceProxy
 from vfio_user_virtio.libvfio_user.stand_in import tell
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, PARTIAL_MESSAGE_SECONDS, RELEASE_SECONDS
 from vfio_user_virtio.protocol.header import Command
+from vfio_user_virtio.transport.session_state import SessionStatistics, peer_process
 
 if TYPE_CHECKING:
     from vfio_user_virtio.device import Device
     from vfio_user_virtio.libvfio_user.context import Context
     from vfio_user_virtio.libvfio_user.library import Library
+    from vfio_user_virtio.protocol.version import Version
 
 _log: Final = logging.getLogger(__name__)
 
 _BATCH: Final = 64
 """Messages in a row that the thread answers before the device does the work that arose."""
 
-_FIRST: Final = frozenset(Command)
-"""Whatever comes first is looked at whole."""
+_KNOWN: Final = frozenset(Command)
 
 _REST_SECONDS: Final = 0.001
 """How often to look for the rest of a message: there is no event for it."""
@@ -94,7 +97,21 @@ class LibvfioUserSession:
         self._proxy = DeviceProxy(device, name)
         self._context: Context | None = None
         self._thread = trio.CapacityLimiter(1)
+        self._version: Version | None = None
+        self._commands: Counter[str] = Counter()
+        self._bytes = 0
         self._over = "it was stopped"
+        self.connected: Final = time.time()
+        """When the client came, in seconds since 1970."""
+        self.process: Final = peer_process(sock)
+        """The client's pid, if the kernel tells."""
+        self.over = False
+
+    def statistics(self) -> SessionStatistics:
+        """What the library answers is not seen: refusals of its own, and bytes sent, are not in."""
+        return SessionStatistics(
+            dict(self._commands), self._proxy.refusals, self._bytes, 0, self._version
+        )
 
     async def run(self) -> None:
         """Serve the client until it goes.  Raises nothing but trio.Cancelled."""
@@ -111,6 +128,7 @@ class LibvfioUserSession:
             self._over = f"the device failed: {_first(errors)}"
             _log.exception("%s: unexpected failure", self.name, exc_info=errors)
         finally:
+            self.over = True
             _log.info("%s: session over: %s", self.name, self._over)
 
     async def _serve(self) -> None:
@@ -120,7 +138,8 @@ class LibvfioUserSession:
             self._context.setup_log(self._on_log, LogLevel.ERROR)
             describe(self._context, self._device, self._proxy, migration=migration)
             self._context.realize()
-            greet(self._context, path, self._socket, message)
+            self._count(message)
+            self._version = greet(self._context, path, self._socket, message)
         self._proxy.serve(self._context, partial(tell, self._context, self._socket))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._device.serve, _NoRemoteMemory())
@@ -131,7 +150,7 @@ class LibvfioUserSession:
         """The client's first message.  Raises ConnectionLost."""
         with trio.move_on_after(HANDSHAKE_SECONDS):
             await trio.lowlevel.wait_readable(self._socket)
-            while not isinstance(found := peek(self._socket, _FIRST), Message):  # noqa: ASYNC110 - no event
+            while not isinstance(found := peek(self._socket, _KNOWN), Message):  # noqa: ASYNC110 - no event
                 await trio.sleep(_REST_SECONDS)
             return found
         raise ConnectionLost(f"no complete VERSION within {HANDSHAKE_SECONDS:g} s")
@@ -188,6 +207,7 @@ class LibvfioUserSession:
         return False
 
     def _answer(self, context: Context, message: Message) -> None:
+        self._count(message)
         try:
             with message:
                 self._proxy.prepare(message)
@@ -200,6 +220,11 @@ class LibvfioUserSession:
         except OSError as error:
             raise ConnectionLost(f"libvfio-user has given it up: {error.strerror}") from None
         self._proxy.settle()
+
+    def _count(self, message: Message) -> None:
+        known = message.command in _KNOWN
+        self._commands[Command(message.command).name if known else "unknown"] += 1
+        self._bytes += message.size
 
     def _on_log(self, level: LogLevel, text: str) -> None:
         _log.debug("%s: libvfio-user: %s: %s", self.name, level.name.lower(), text)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfio_user_virtio.device import Device
+    from vfio_user_virtio.transport.session_state import SessionStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,22 @@ _RETRY_SECONDS: Final = 0.1
 
 
 class Serving(Protocol):
-    """A session of any engine: see `Session.run`."""
+    """A session of any engine: see `Session`."""
+
+    @property
+    def connected(self) -> float:
+        """When the client came, in seconds since 1970."""
+        ...
+
+    @property
+    def process(self) -> int | None:
+        """The client's pid, if the kernel tells."""
+        ...
+
+    @property
+    def over(self) -> bool: ...
+
+    def statistics(self) -> SessionStatistics: ...
 
     async def run(self) -> None: ...
 
@@ -53,7 +69,7 @@ async def serve_listener(
 
     `listener` is a listening UNIX stream socket and stays the caller's; it is made non-blocking.
     `on_session` sees each session before it runs (statistics); `make_session` makes those of
-    another engine, which nobody sees.
+    another engine, and tells of them itself.
     """
     listener.setblocking(False)
     while True:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import struct
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -50,7 +49,7 @@ from vfio_user_virtio.transport.commands import Commands
 from vfio_user_virtio.transport.endpoint import Endpoint
 from vfio_user_virtio.transport.remote_memory import ClientMemory
 from vfio_user_virtio.transport.requests import Requests, command_name
-from vfio_user_virtio.transport.session_state import SessionState, SessionStatistics
+from vfio_user_virtio.transport.session_state import SessionState, SessionStatistics, peer_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +62,6 @@ logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 0
 """Under this number, which no command has, those are counted that no specification knows."""
-
-_PEER_CREDENTIALS: Final = struct.Struct("iII")
-"""pid, uid and gid, as SO_PEERCRED gives them."""
 
 _TOLD_ONCE: Final = frozenset(
     {
@@ -103,7 +99,7 @@ class Session:
         self._over = "it was stopped"
         self.connected: Final = time.time()
         """When the client came, in seconds since 1970."""
-        self.process: Final = _process_of(sock)
+        self.process: Final = peer_process(sock)
         """The client's pid, if the kernel tells."""
         self.over = False
 
@@ -326,15 +322,6 @@ class _Noting:
     ) -> None:
         if isinstance(error, Exception):
             error.add_note(self._describe())
-
-
-def _process_of(sock: socket.socket) -> int | None:
-    try:
-        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    except OSError:
-        return None
-    pid: int = _PEER_CREDENTIALS.unpack(data)[0]
-    return pid or None  # 0 for one in another pid namespace
 
 
 def _refuse_reply(frame: Frame) -> None:

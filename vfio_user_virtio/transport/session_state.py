@@ -7,7 +7,9 @@ these facts are here and nowhere else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vfio_user_virtio.protocol.version import Version
+
+_PEER_CREDENTIALS: Final = struct.Struct("iII")
+"""pid, uid and gid, as SO_PEERCRED gives them."""
 
 
 @attrs.define
@@ -43,3 +48,13 @@ class SessionStatistics:
     bytes_received: int
     bytes_sent: int
     version: Version | None
+
+
+def peer_process(sock: socket.socket) -> int | None:
+    """The pid of who is at the other end, None if the kernel does not tell."""
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    except OSError:
+        return None
+    pid: int = _PEER_CREDENTIALS.unpack(data)[0]
+    return pid or None  # 0 for one in another pid namespace
