@@ -121,7 +121,7 @@ async def test_the_source_runs_on_whatever_fails(bed: Bed, netns: Netns, tmp_pat
                 await there.guest.process.wait()
                 await passing.pass_more(4)
 
-            for step in ("pre-copy", "switch over", "load devices"):
+            for step in ("pre-copy", "switch over", "resume devices"):
                 with trio.CancelScope() as scope:
 
                     def cancel(name: str, at: str = step, scope: trio.CancelScope = scope) -> None:

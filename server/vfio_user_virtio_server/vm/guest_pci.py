@@ -5,8 +5,10 @@ which every x86 machine of QEMU has at the same place; ECAM would reach all of i
 that the guest's firmware chooses.  The address register is the guest's: it may have been stopped
 between its two accesses, so its value is put back.
 
-The function is looked for by its id in ``query-pci`` each time a VM has been loaded: its bus number
-comes from the bridges above it, which the guest has numbered.
+The function is looked for by its id in ``query-pci``.  Its bus number comes from the bridges above
+it, which the guest has numbered.  In a VM that waits for its guest nobody has, and nothing behind
+them is reached: `GuestFunction.number_bridges` gives them the numbers that they have in another VM,
+and will have when its guest has come.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from vfio_user_virtio_server.vm.errors import QemuError
+from vfio_user_virtio_server.vm.pci_state import Access
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +30,13 @@ _ADDRESS: Final = 0xCF8
 _DATA: Final = 0xCFC
 _ENABLE: Final = 1 << 31
 _OUT: Final = {1: "outb", 2: "outw", 4: "outl"}
+
+_HEADER: Final = 0x0C
+_HEADER_TYPE: Final = 0x7F_0000
+_BRIDGE: Final = 0x01_0000
+_PRIMARY_BUS: Final = 0x18
+_SUBORDINATE_BUS: Final = 0x1A
+"""Of a bridge (PCI-to-PCI Bridge Architecture 1.2, 3.2)."""
 
 
 @attrs.frozen
@@ -46,36 +56,65 @@ class Bdf:
         return _ENABLE | place | offset & 0xFC
 
 
-def find_untrusted(buses: Json, ident: str) -> Bdf:
+@attrs.frozen
+class Bridge:
+    """A bridge, and the numbers of the first and the last bus behind it."""
+
+    bdf: Bdf
+    secondary: int
+    subordinate: int
+
+
+@attrs.frozen
+class Way:
+    """Where a function is, and the bridges that lead there, from the root on."""
+
+    bdf: Bdf
+    bridges: tuple[Bridge, ...] = ()
+
+
+def find_untrusted(buses: Json, ident: str) -> Way:
     """The function of device `ident` in what ``query-pci`` returned.  Raises QemuError."""
-    for device in _devices(buses):
-        match device:
-            case {
-                "qdev_id": str(name),
-                "bus": int(bus),
-                "slot": int(slot),
-                "function": int(function),
-            } if name == ident:
-                return Bdf(bus, slot, function)
+    for name, way in _functions(buses, ()):
+        if name == ident:
+            return way
     raise QemuError(f"no PCI bus that the guest has numbered has device {ident}")
 
 
-def _devices(buses: Json) -> Iterator[Json]:
+def _functions(buses: Json, above: tuple[Bridge, ...]) -> Iterator[tuple[str, Way]]:
     for bus in buses if isinstance(buses, list) else ():
         match bus:
             case {"devices": [*devices]}:
                 for device in devices:
-                    yield device
-                    match device:
-                        case {"pci_bridge": {"bus": _, "devices": [*_] as behind}}:
-                            yield from _devices([{"devices": behind}])
+                    yield from _function(device, above)
+
+
+def _function(device: Json, above: tuple[Bridge, ...]) -> Iterator[tuple[str, Way]]:
+    match device:
+        case {
+            "qdev_id": str(name),
+            "bus": int(bus),
+            "slot": int(slot),
+            "function": int(function),
+            **more,
+        }:
+            bdf = Bdf(bus, slot, function)
+            yield name, Way(bdf, above)
+            match more:
+                case {
+                    "pci_bridge": {
+                        "bus": {"secondary": int(first), "subordinate": int(last)},
+                        "devices": [*_] as behind,
+                    }
+                }:
+                    yield from _functions([{"devices": behind}], (*above, Bridge(bdf, first, last)))
 
 
 class GuestFunction:
-    """The function at `bdf` of the VM behind `qtest`.  A `PciAccess`."""
+    """The function at the end of `way` in the VM behind `qtest`.  A `PciAccess`."""
 
-    def __init__(self, qtest: Qtest, bdf: Bdf) -> None:
-        self.bdf = bdf
+    def __init__(self, qtest: Qtest, way: Way) -> None:
+        self.way = way
         self._qtest = qtest
 
     @classmethod
@@ -83,33 +122,32 @@ class GuestFunction:
         """That of the device with `ident`.  Raises QemuError."""
         return cls(qtest, find_untrusted(await qmp.execute("query-pci"), ident))
 
-    async def read_config(self, offsets: Sequence[int]) -> list[int]:
-        address = await self._address()
-        commands = []
-        for offset in offsets:
-            commands += [self._select(offset), f"inl {_DATA:#x}"]
-        answers = await self._qtest.run([*commands, f"outl {_ADDRESS:#x} {address:#x}"])
+    async def number_bridges(self) -> None:
+        """Give the bridges above the numbers that `way` says.  Raises QemuError."""
+        for bridge in self.way.bridges:
+            above = GuestFunction(self._qtest, Way(bridge.bdf))
+            (header,) = await above.run([Access(_HEADER)])
+            if header & _HEADER_TYPE != _BRIDGE:
+                raise QemuError(f"{self._qtest.name} has no bridge at {bridge.bdf}")
+            buses = bridge.bdf.bus | bridge.secondary << 8
+            await above.run(
+                [Access(_PRIMARY_BUS, buses, 2), Access(_SUBORDINATE_BUS, bridge.subordinate, 1)]
+            )
+
+    async def run(self, accesses: Sequence[Access]) -> list[int]:
+        """See `PciAccess.run`."""
+        commands = [command for one in accesses for command in self._commands(one)]
+        if not all(one.memory for one in accesses):
+            (address,) = await self._qtest.ask([f"inl {_ADDRESS:#x}"])
+            commands.append(f"outl {_ADDRESS:#x} {address:#x}")
+        answers = await self._qtest.run(commands)
         return [value for value in answers if value is not None]
 
-    async def write_config(self, writes: Sequence[tuple[int, int, int]]) -> None:
-        address = await self._address()
-        commands = []
-        for offset, size, value in writes:
-            commands += [
-                self._select(offset),
-                f"{_OUT[size]} {_DATA + (offset & 3):#x} {value:#x}",
-            ]
-        await self._qtest.run([*commands, f"outl {_ADDRESS:#x} {address:#x}"])
-
-    async def read_memory(self, addresses: Sequence[int]) -> list[int]:
-        return await self._qtest.ask([f"readl {address:#x}" for address in addresses])
-
-    async def write_memory(self, writes: Sequence[tuple[int, int]]) -> None:
-        await self._qtest.run([f"writel {address:#x} {word:#x}" for address, word in writes])
-
-    async def _address(self) -> int:
-        (address,) = await self._qtest.ask([f"inl {_ADDRESS:#x}"])
-        return address
-
-    def _select(self, offset: int) -> str:
-        return f"outl {_ADDRESS:#x} {self.bdf.config_address(offset):#x}"
+    def _commands(self, access: Access) -> tuple[str, ...]:
+        address, value = access.address, access.value
+        if access.memory:
+            return (f"readl {address:#x}" if value is None else f"writel {address:#x} {value:#x}",)
+        select = f"outl {_ADDRESS:#x} {self.way.bdf.config_address(address):#x}"
+        if value is None:
+            return select, f"inl {_DATA:#x}"
+        return select, f"{_OUT[access.size]} {_DATA + (address & 3):#x} {value:#x}"

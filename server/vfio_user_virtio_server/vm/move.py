@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -43,12 +44,13 @@ import trio
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio_server.spans import timed
-from vfio_user_virtio_server.vm import comparison, pci_state, standing
+from vfio_user_virtio_server.vm import comparison, device_state, pci_state, standing
 from vfio_user_virtio_server.vm.errors import Gone, NotMovable, QemuError, QemuGone
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
 from vfio_user_virtio_server.vm.marking import mark_written
 from vfio_user_virtio_server.vm.qemu import NEEDED
 from vfio_user_virtio_server.vm.qtest import open_qtest
+from vfio_user_virtio_server.vm.together import all_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -94,6 +96,9 @@ class MovedDevice:
     logged: bool = True
     function: GuestFunction | None = None
     layout: PciState | None = None
+    there: GuestFunction | None = None
+    fresh: PciState | None = None
+    """The function at the target, as it is before the guest comes."""
     pci: PciState | None = None
     stream: bytes = b""
     written: Sequence[Range] = ()
@@ -303,6 +308,11 @@ class Move:
         await self._target.quit()
         self._target_may_run = False
 
+    async def _compare_functions(self) -> None:
+        assert self._target_qtest is not None
+        for one in self.devices:
+            await device_state.find_there(one, self._target_qtest)
+
     async def _prepare_devices(self) -> None:
         for one in self.devices:
             if one.logged:
@@ -354,15 +364,7 @@ class Move:
     # --- while it is stopped -------------------------------------------------------------------
 
     async def _stop_devices(self) -> None:
-        """What comes for the guest from here on waits at the target, if it can be led there."""
-        for one in self.devices:
-            await one.source.server.stop(one.source.device)
-            if one.announced:
-                await one.target.server.announce(one.target.device)
-        for one in self.devices:
-            one.stream = await one.source.server.final_image(one.source.device)
-            if one.logged:
-                one.written = await one.source.server.take_log(one.source.device)
+        await all_of(partial(device_state.stop, one) for one in self.devices)
 
     async def _release_devices(self) -> None:
         for one in self.devices:
@@ -370,11 +372,9 @@ class Move:
             if one.announced:
                 await one.source.server.announce(one.source.device)
 
-    async def _save_pci(self) -> None:
-        for one in self.devices:
-            assert one.function is not None
-            one.pci = await pci_state.capture(one.function, one.layout)
-            await pci_state.without_intx(one.function, one.pci)
+    async def _save_devices(self) -> None:
+        await all_of(partial(device_state.save, one) for one in self.devices)
+        self.phases[-1].byte_count = sum(len(one.stream) for one in self.devices)
 
     async def _put_intx_back(self) -> None:
         for one in self.devices:
@@ -387,6 +387,11 @@ class Move:
             self.phases[-1].page_count += await mark_written(self._source_qtest, one.written)
 
     async def _switch_over(self) -> None:
+        """QEMU sends the rest; meanwhile the devices are loaded, which does not need it."""
+        loads = [partial(device_state.load, one) for one in self.devices]
+        await all_of((self._send_rest, *loads))
+
+    async def _send_rest(self) -> None:
         await self._source.qmp.execute("migrate-continue", state="pre-switchover")
         try:
             await self._source.wait_migration("completed")
@@ -399,18 +404,8 @@ class Move:
             raise QemuError(f"{self._target.name} is {status} with the guest in it, not paused")
 
     async def _restore_pci(self) -> None:
-        assert self._target_qtest is not None
         for one in self.devices:
-            assert one.pci is not None
-            assert one.function is not None
-            # Where it was: the bridges above it have the numbers that the guest gave them.
-            there = GuestFunction(self._target_qtest, one.function.bdf)
-            await pci_state.restore(there, one.pci)
-
-    async def _load_devices(self) -> None:
-        for one in self.devices:
-            await one.target.server.load(one.target.device, one.stream)
-            self.phases[-1].byte_count += len(one.stream)
+            await device_state.restore_pci(one)
 
     async def _resume_devices(self) -> None:
         for one in self.devices:
@@ -469,14 +464,14 @@ STEPS: Final = (
     Step("check", Move._check),
     Step(LOOK, Move._look),
     Step("listen", Move._listen, Move._stop_listening),
+    Step("compare functions", Move._compare_functions),
     Step("prepare devices", Move._prepare_devices, Move._stop_logs),
     Step(PRE_COPY, Move._copy, Move._run_source),
     Step("stop devices", Move._stop_devices, Move._release_devices),
-    Step("save PCI state", Move._save_pci, Move._put_intx_back),
+    Step("save devices", Move._save_devices, Move._put_intx_back),
     Step("mark pages", Move._mark_pages),
     Step(SWITCH_OVER, Move._switch_over, Move._discard_target),
     Step("restore PCI state", Move._restore_pci),
-    Step("load devices", Move._load_devices),
     Step("resume devices", Move._resume_devices),
     Step("run", Move._run_target, Move._discard_target),
 )

@@ -23,8 +23,10 @@ that asserts it is not: the line would stay up for ever.  `Command.INTX_DISABLE`
 source takes the level out of the count (`without_intx`); once the target has COMMAND as it was, the
 interrupt that is replayed asserts it anew.
 
-Registers that have their value already are not written: each access is a message to the server,
-and the guest waits.
+The guest waits meanwhile, and an access can be a message to the server, so there are few of them:
+what no driver changes is read while the guest runs (`read_config`, `compare`), only state is read
+of a guest that is stopped (`capture`), and registers that have their value already are not written.
+Accesses that need not wait for each other's results are handed over all at once.
 
 Pending bits are not carried: each vector fires once at the target, which is what they are for.
 The extended configuration space is not carried either; our functions have nothing there.
@@ -126,26 +128,25 @@ _STATUS_REGISTERS: Final[Mapping[int, tuple[Register, ...]]] = {
 """Which are nobody's choice: they say how the device and its link are now."""
 
 
-class PciAccess(Protocol):
-    """A function's configuration space and guest-physical memory, as their VM has them.
+@attrs.frozen
+class Access:
+    """The 32-bit word at `address` is read, or `value`, of `size` bytes, written there.
 
-    Numbers are little-endian.  Raises QemuError.
+    Numbers are little-endian.  `address` is an offset in configuration space, or guest-physical; a
+    multiple of 4 where it is read, and of `size` (1, 2 or 4; 4 in memory) where it is written.
     """
 
-    async def read_config(self, offsets: Sequence[int]) -> list[int]:
-        """The 32-bit words at `offsets`, multiples of 4."""
-        ...
+    address: int
+    value: int | None = None
+    size: int = 4
+    memory: bool = False
 
-    async def write_config(self, writes: Sequence[tuple[int, int, int]]) -> None:
-        """Offset, size (1, 2 or 4) and value, one after the other."""
-        ...
 
-    async def read_memory(self, addresses: Sequence[int]) -> list[int]:
-        """The 32-bit words at `addresses`."""
-        ...
+class PciAccess(Protocol):
+    """A function's configuration space and guest-physical memory, as their VM has them."""
 
-    async def write_memory(self, writes: Sequence[tuple[int, int]]) -> None:
-        """Address and 32-bit word, one after the other."""
+    async def run(self, accesses: Sequence[Access]) -> list[int]:
+        """Do them one after the other: the words that were read.  Raises QemuError."""
         ...
 
 
@@ -180,6 +181,13 @@ class PciState:
         chain = list(_chain(self.config))
         behind = [word for offset in chain for word in _words(self.config, offset)]
         return [*range(0, _HEADER_SIZE, 4), *chain, *behind]
+
+    def state_words(self) -> list[int]:
+        """Offsets of what drivers change, of what `refusals` looks at, and of the function's ID,
+        which shows whether it still answers."""
+        offsets = [0, COMMAND, *(register.offset for register in self.registers())]
+        offsets += [offset + _MSI_CONTROL for offset in self.capabilities.get(_MSI, ())]
+        return sorted({offset & ~3 for offset in offsets})
 
     def registers(self) -> Iterator[Register]:
         """What `restore` writes beside COMMAND and the table, in its order."""
@@ -239,8 +247,8 @@ class PciState:
             upper = not upper and value & (BAR_64BIT | _BAR_IO) == BAR_64BIT
         return upper
 
-    def table_words(self) -> range | None:
-        """Where the words of the MSI-X table are in guest-physical memory; None without any.
+    def table_words(self) -> range:
+        """Where the words of the MSI-X table are in guest-physical memory; empty without any.
 
         Raises QemuError if its BAR has no address, and MSI-X is on nevertheless.
         """
@@ -258,19 +266,12 @@ class PciState:
                 return range(start, start + 4 * _ENTRY_WORDS * vectors, 4)
             if control & _MSIX_ENABLE:
                 raise QemuError(f"MSI-X is on, and BAR{bar} with its table has no address")
-        return None
+        return range(0)
 
 
-async def read_config(access: PciAccess, like: PciState | None = None) -> PciState:
-    """Configuration space alone; changes nothing, so the guest may run.
-
-    `like`: a state that says where the capabilities are, so that all is read at once.  Raises
-    QemuError.
-    """
-    config = bytearray(STANDARD_SIZE if like is None else like.config)
-    if like is not None:
-        await _read(access, config, like.words())
-        return PciState(bytes(config))
+async def read_config(access: PciAccess) -> PciState:
+    """Configuration space alone; changes nothing, so the guest may run.  Raises QemuError."""
+    config = bytearray(STANDARD_SIZE)
     await _read(access, config, range(0, _HEADER_SIZE, 4))
     read: set[int] = set()
     while new := [offset for offset in _chain(config) if offset not in read]:
@@ -280,37 +281,44 @@ async def read_config(access: PciAccess, like: PciState | None = None) -> PciSta
     return PciState(bytes(config))
 
 
-async def capture(access: PciAccess, like: PciState | None = None) -> PciState:
-    """All of it.  The guest must not run: memory decoding may have to be turned on for a while.
+async def compare(access: PciAccess, like: PciState) -> PciState:
+    """The function at `access`, if it is of the kind that `like` is.  Raises QemuError."""
+    config = bytearray(like.config)
+    await _read(access, config, like.words())
+    found = PciState(bytes(config))
+    if problems := like.differences(found):
+        raise QemuError(f"the functions differ: {problems[0]}")
+    return found
 
-    `like`: see `read_config`.  Raises QemuError, also for a function that cannot be taken
-    (`PciState.refusals`).
+
+async def capture(access: PciAccess, like: PciState) -> PciState:
+    """All of the function, of which `like` was read earlier.
+
+    The guest must not run: memory decoding may have to be turned on for a while.  Raises QemuError,
+    also for a function that cannot be taken (`PciState.refusals`).
     """
-    state = await read_config(access, like)
-    if like is not None and (changes := like.differences(state)):
+    config = bytearray(like.config)
+    await _read(access, config, like.state_words())
+    state = PciState(bytes(config))
+    if changes := like.differences(state):
         raise QemuError(f"the function does not answer as it did: {changes[0]}")
     if problems := state.refusals():
         raise QemuError("; ".join(problems))
-    words = state.table_words()
-    if words is None:
-        return state
-    decoding = state.command & Command.MEMORY
-    if not decoding:
-        await access.write_config([(COMMAND, 2, state.command | Command.MEMORY)])
-    table = await access.read_memory(words)
-    if not decoding:
-        await access.write_config([(COMMAND, 2, state.command)])
-    return attrs.evolve(state, table=tuple(table))
+    entries = list(map(_in_memory, state.table_words()))
+    if entries and not state.command & Command.MEMORY:
+        decoding = Access(COMMAND, state.command | Command.MEMORY, 2)
+        entries = [decoding, *entries, Access(COMMAND, state.command, 2)]
+    return attrs.evolve(state, table=tuple(await access.run(entries)))
 
 
 async def without_intx(access: PciAccess, state: PciState) -> None:
     """Take INTx out of the bus's count; `with_command` undoes it.  Raises QemuError."""
-    await access.write_config([(COMMAND, 2, state.command | Command.INTX_DISABLE)])
+    await access.run([Access(COMMAND, state.command | Command.INTX_DISABLE, 2)])
 
 
 async def with_command(access: PciAccess, state: PciState) -> None:
     """COMMAND as it is in `state`.  Raises QemuError."""
-    await access.write_config([(COMMAND, 2, state.command)])
+    await access.run([Access(COMMAND, state.command, 2)])
 
 
 async def with_intx(access: PciAccess, state: PciState) -> None:
@@ -320,35 +328,36 @@ async def with_intx(access: PciAccess, state: PciState) -> None:
         for offset in state.capabilities.get(_MSIX, ())
     ]
     if not any(on):
-        await access.write_config([(COMMAND, 2, state.command & ~Command.INTX_DISABLE)])
+        await access.run([Access(COMMAND, state.command & ~Command.INTX_DISABLE, 2)])
 
 
-async def restore(access: PciAccess, state: PciState) -> None:
-    """Make the function at `access`, which is as after power on, be as `state` has it.
+async def restore(access: PciAccess, state: PciState, fresh: PciState) -> None:
+    """Make the function at `access`, which is `fresh` (see `compare`), be as `state` has it.
 
-    Raises QemuError; also when it is another kind of function, or does not keep what it is given.
+    Raises QemuError when it does not keep what it is given.
     """
-    fresh = await read_config(access, state)
-    if problems := state.differences(fresh):
-        raise QemuError(f"the functions differ: {problems[0]}")
     changed = [register for register in state.registers() if _differs(register, state, fresh)]
-    simple = [register for register in changed if register.offset < _HEADER_SIZE]
-    writes = [_write(register, state, fresh) for register in simple]
-    words = state.table_words() if state.table else None
-    command = state.command | (Command.MEMORY if words else 0)
-    await access.write_config([*writes, (COMMAND, 2, command)])
-    if words:
-        await access.write_memory(list(zip(words, state.table, strict=True)))
-    rest = [register for register in changed if register.offset >= _HEADER_SIZE]
-    writes = [_write(register, state, fresh) for register in rest]
-    await access.write_config([*writes, (COMMAND, 2, state.command)])
-    await _check(access, state, [*changed, Register(COMMAND, 2)])
-
-
-async def _check(access: PciAccess, state: PciState, written: Sequence[Register]) -> None:
+    writes = [_write(register, state, fresh) for register in changed]
+    table = state.table_words() if state.table else range(0)
+    reached = state.command | (Command.MEMORY if table else 0)
+    written = [*changed, Register(COMMAND, 2)]
+    words = sorted({register.offset & ~3 for register in written})
+    found = await access.run(
+        [
+            *(write for write in writes if write.address < _HEADER_SIZE),
+            Access(COMMAND, reached, 2),
+            *map(_in_memory, table, state.table),
+            *(write for write in writes if write.address >= _HEADER_SIZE),
+            Access(COMMAND, state.command, 2),
+            *map(Access, words),
+        ]
+    )
     config = bytearray(STANDARD_SIZE)
-    await _read(access, config, sorted({register.offset & ~3 for register in written}))
-    there = PciState(bytes(config))
+    _put(config, words, found)
+    _check(state, PciState(bytes(config)), written)
+
+
+def _check(state: PciState, there: PciState, written: Sequence[Register]) -> None:
     for register in written:
         if _differs(register, state, there):
             wanted, got = _value(register, state), _value(register, there)
@@ -366,13 +375,21 @@ def _differs(register: Register, state: PciState, other: PciState) -> bool:
     return _value(register, state) != _value(register, other)
 
 
-def _write(register: Register, state: PciState, fresh: PciState) -> tuple[int, int, int]:
+def _write(register: Register, state: PciState, fresh: PciState) -> Access:
     kept = fresh.load(register.offset, register.size) & ~register.mask
-    return register.offset, register.size, _value(register, state) | kept
+    return Access(register.offset, _value(register, state) | kept, register.size)
+
+
+def _in_memory(address: int, value: int | None = None) -> Access:
+    return Access(address, value, memory=True)
 
 
 async def _read(access: PciAccess, config: bytearray, offsets: Sequence[int]) -> None:
-    for offset, word in zip(offsets, await access.read_config(offsets), strict=True):
+    _put(config, offsets, await access.run(list(map(Access, offsets))))
+
+
+def _put(config: bytearray, offsets: Sequence[int], words: Sequence[int]) -> None:
+    for offset, word in zip(offsets, words, strict=True):
         config[offset : offset + 4] = (word & 0xFFFF_FFFF).to_bytes(4, "little")
 
 

@@ -168,5 +168,5 @@ async def _add(qmp: Qmp) -> str:
     address: Json = {"type": "fd", "data": {"str": NAME}}
     backend: Json = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     await qmp.execute("chardev-add", id=NAME, backend=backend)
-    await qmp.execute("object-add", qom_type="qtest", id=NAME, chardev=NAME, log=os.devnull)
+    await qmp.execute("object-add", qom_type="qtest", id=NAME, chardev=NAME, log="none")
     return path

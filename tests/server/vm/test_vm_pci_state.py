@@ -14,13 +14,15 @@ from vfio_user_virtio.pci.power_management import PowerManagement
 from vfio_user_virtio.virtio.pci_capabilities import CfgType, Structure, add_structure
 from vfio_user_virtio_server.vm import pci_state
 from vfio_user_virtio_server.vm.errors import QemuError
-from vfio_user_virtio_server.vm.guest_pci import Bdf, GuestFunction, find_untrusted
+from vfio_user_virtio_server.vm.guest_pci import Bdf, Bridge, GuestFunction, Way, find_untrusted
+from vfio_user_virtio_server.vm.pci_state import Access
 from vfio_user_virtio_server.vm.qtest import decode_answer_untrusted, open_qtest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.testbed.bed import Bed
+    from vfio_user_virtio_server.vm.pci_state import PciState
     from vfio_user_virtio_server.vm.qmp import Json
 
 VECTORS = 3
@@ -50,26 +52,26 @@ class Model:
         self.table = msix_table(VECTORS)
         self.order: list[str] = []
 
-    async def read_config(self, offsets: Sequence[int]) -> list[int]:
-        return [int.from_bytes(self.config.read(offset, 4), "little") for offset in offsets]
+    async def run(self, accesses: Sequence[Access]) -> list[int]:
+        return [value for one in accesses if (value := self.do(one)) is not None]
 
-    async def write_config(self, writes: Sequence[tuple[int, int, int]]) -> None:
-        for offset, size, value in writes:
-            was_on = self.msix.enabled
-            self.config.write(offset, value.to_bytes(size, "little"))
-            if self.msix.enabled and not was_on:
-                self.order.append("MSI-X on")
-
-    async def read_memory(self, addresses: Sequence[int]) -> list[int]:
-        return [
-            int.from_bytes(self.table.read(self._within(address), 4), "little")
-            for address in addresses
-        ]
-
-    async def write_memory(self, writes: Sequence[tuple[int, int]]) -> None:
-        self.order.append("table")
-        for address, word in writes:
-            self.table.write(self._within(address), word.to_bytes(4, "little"))
+    def do(self, access: Access) -> int | None:
+        if access.value is None:
+            found = (
+                self.table.read(self._within(access.address), 4)
+                if access.memory
+                else self.config.read(access.address, 4)
+            )
+            return int.from_bytes(found, "little")
+        data = access.value.to_bytes(access.size, "little")
+        if access.memory:
+            self.order += ["table"] * (self.order[-1:] != ["table"])
+            self.table.write(self._within(access.address), data)
+            return None
+        was_on = self.msix.enabled
+        self.config.write(access.address, data)
+        self.order += ["MSI-X on"] * (self.msix.enabled and not was_on)
+        return None
 
     def _within(self, address: int) -> int:
         assert self.config.command & Command.MEMORY
@@ -88,24 +90,53 @@ class Model:
         self.config.write(self.express + 8, b"\x30\x50")
 
 
+async def captured(here: Model) -> PciState:
+    return await pci_state.capture(here, await pci_state.read_config(here))
+
+
+async def put(there: Model, state: PciState) -> None:
+    await pci_state.restore(there, state, await pci_state.compare(there, state))
+
+
 async def test_a_function_is_restored_whole() -> None:
     here, there = Model(), Model()
+    looked_at = await pci_state.read_config(here)
     here.set_up()
-    state = await pci_state.capture(here)
+    state = await pci_state.capture(here, looked_at)
     assert state.command == Command.MEMORY | Command.MASTER
     assert len(state.table) == 4 * VECTORS
-    await pci_state.restore(there, state)
+    await put(there, state)
     assert there.config.state() == here.config.state()
     assert there.table.state() == here.table.state()
     assert there.order == ["table", "MSI-X on"], "all vectors are there when it is turned on"
-    assert await pci_state.capture(there) == state
+    assert await captured(there) == state
+
+
+async def test_only_state_is_read_of_a_guest_that_is_stopped() -> None:
+    class Counting(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read: list[int] = []
+
+        async def run(self, accesses: Sequence[Access]) -> list[int]:
+            self.read += [one.address for one in accesses if not one.memory]
+            return await super().run(accesses)
+
+    here = Counting()
+    here.set_up()
+    state = await pci_state.read_config(here)
+    whole, here.read = here.read, []
+    assert sorted(whole) == sorted(state.words())
+    await pci_state.capture(here, state)
+    assert {COMMAND, 0x3C, here.msix.offset} < set(here.read) < set(whole)
+    assert len(here.read) < len(whole) / 2
 
 
 async def test_one_that_nobody_has_set_up() -> None:
     here, there = Model(), Model()
-    state = await pci_state.capture(here)
+    state = await captured(here)
     assert state.table == ()
-    await pci_state.restore(there, state)
+    await put(there, state)
     assert there.config.state() == Model().config.state()
 
 
@@ -114,9 +145,9 @@ async def test_memory_decoding_is_turned_on_only_for_a_while() -> None:
     here.set_up()
     here.config.write(COMMAND, bytes(2))
     before = here.config.state()
-    state = await pci_state.capture(here)
+    state = await captured(here)
     assert here.config.state() == before
-    await pci_state.restore(there, state)
+    await put(there, state)
     assert there.config.state() == before
     assert there.table.state() == here.table.state()
 
@@ -124,7 +155,7 @@ async def test_memory_decoding_is_turned_on_only_for_a_while() -> None:
 async def test_the_line_is_taken_from_the_bus_and_given_back() -> None:
     here = Model()
     here.set_up()
-    state = await pci_state.capture(here)
+    state = await captured(here)
     await pci_state.without_intx(here, state)
     assert here.config.command == state.command | Command.INTX_DISABLE
     await pci_state.with_command(here, state)
@@ -139,48 +170,52 @@ async def test_what_cannot_be_taken() -> None:
     here.config.write(power + 4, b"\x03\x00")
     assert "D3" in (await pci_state.read_config(here)).refusals()[0]
     with pytest.raises(QemuError, match="sleep"):
-        await pci_state.capture(here)
+        await pci_state.capture(here, state)
 
 
 async def test_msi_is_refused() -> None:
     here = Model()
     msi = here.config.add_capability(5, bytes(12), b"\x01".ljust(12, b"\0"))
     assert (await pci_state.read_config(here)).refusals() == []
+    state = await pci_state.read_config(here)
     here.config.write(msi + 2, b"\x01")
     assert "MSI" in (await pci_state.read_config(here)).refusals()[0]
+    with pytest.raises(QemuError, match=f"does not answer as it did: byte {msi + 2:#x}"):
+        await pci_state.capture(here, state)
 
 
 async def test_msix_without_an_address() -> None:
     here = Model()
     here.config.write(here.msix.offset + 2, b"\x00\x80")
     with pytest.raises(QemuError, match="BAR1 with its table has no address"):
-        await pci_state.capture(here)
+        await captured(here)
 
 
 async def test_another_kind_of_function_is_told() -> None:
     here, there = Model(), Model(0x1042)
     here.set_up()
-    state = await pci_state.capture(here)
+    state = await captured(here)
     with pytest.raises(QemuError, match="byte 0x2 of configuration space is 0x41 here and 0x42"):
-        await pci_state.restore(there, state)
+        await pci_state.compare(there, state)
     assert there.config.state() == Model(0x1042).config.state()
 
 
 async def test_what_is_not_kept_is_told() -> None:
     class Forgetful(Model):
-        async def write_config(self, writes: Sequence[tuple[int, int, int]]) -> None:
-            await super().write_config([one for one in writes if one[0] != 0x3C])
+        def do(self, access: Access) -> int | None:
+            kept = access.address != 0x3C or access.value is None
+            return super().do(access) if kept else None
 
     here, there = Model(), Forgetful()
     here.set_up()
     with pytest.raises(QemuError, match=r"register at 0x3c .* is 0x0 after 0xb was written"):
-        await pci_state.restore(there, await pci_state.capture(here))
+        await put(there, await captured(here))
 
 
 async def test_a_chain_that_never_ends() -> None:
     class Looping(Model):
-        async def read_config(self, offsets: Sequence[int]) -> list[int]:
-            return [0x0010_4041 if offset >= 0x34 else 0xFFFF_FFFF for offset in offsets]
+        def do(self, access: Access) -> int | None:
+            return 0x0010_4041 if access.address >= 0x34 else 0xFFFF_FFFF
 
     state = await pci_state.read_config(Looping())
     assert state.capabilities == {0x41: [0x40]}
@@ -193,11 +228,21 @@ def test_functions_are_found_behind_bridges() -> None:
         "bus": 0,
         "slot": 1,
         "function": 0,
+        "pci_bridge": {"bus": {"secondary": 3, "subordinate": 4}, "devices": [behind]},
+    }
+    found = find_untrusted([{"devices": [bridge]}], "vf1")
+    assert str(found.bdf) == "03:00.1"
+    assert found.bridges == (Bridge(Bdf(0, 1, 0), 3, 4),)
+    assert find_untrusted([{"devices": [bridge]}], "port1") == Way(Bdf(0, 1, 0))
+    unnumbered: Json = {
+        "qdev_id": "port1",
+        "bus": 0,
+        "slot": 1,
+        "function": 0,
         "pci_bridge": {"bus": {}, "devices": [behind]},
     }
-    assert str(find_untrusted([{"devices": [bridge]}], "vf1")) == "03:00.1"
-    assert find_untrusted([{"devices": [bridge]}], "port1") == Bdf(0, 1, 0)
-    for junk in (None, [], [None], [{"devices": 3}], [{"devices": [{"qdev_id": "vf1"}]}]):
+    nowhere: list[Json] = [None, [], [None], [{"devices": 3}], [{"devices": [unnumbered]}]]
+    for junk in (*nowhere, [{"devices": [{"qdev_id": "vf1"}]}]):
         with pytest.raises(QemuError, match="vf1"):
             find_untrusted(junk, "vf1")
     assert Bdf(3, 2, 1).config_address(0x13) == 0x8003_1110
@@ -225,20 +270,26 @@ async def test_between_real_qemus(bed: Bed) -> None:
     ):
         here = await GuestFunction.find(source, source_qtest, "nic")
         there = await GuestFunction.find(target, target_qtest, "nic")
-        assert here.bdf == Bdf(0, 5, 0)
+        assert here.way == Way(Bdf(0, 5, 0))
         await source_qtest.run(["outl 0xcf8 0x80001234"])
         fresh = await pci_state.read_config(here)
-        assert fresh == await pci_state.read_config(there)
+        assert fresh == await pci_state.compare(there, fresh)
         (msix,) = fresh.capabilities[0x11]
-        await here.write_config([(0x14, 4, 0xFEBF_0000), (0x20, 4, 0x4000), (0x24, 4, 8)])
-        await here.write_config([(COMMAND, 2, 0x406), (0x3C, 1, 10), (msix + 2, 2, 0x8000)])
-        table = [(0xFEBF_0000 + 4 * n, word) for n, word in enumerate((0xFEE0_0000, 0, 0x4041, 0))]
-        await here.write_memory(table)
-        state = await pci_state.capture(here)
+        await here.run([Access(0x14, 0xFEBF_0000), Access(0x20, 0x4000), Access(0x24, 8)])
+        await here.run(
+            [Access(COMMAND, 0x406, 2), Access(0x3C, 10, 1), Access(msix + 2, 0x8000, 2)]
+        )
+        await here.run(
+            [
+                Access(0xFEBF_0000 + 4 * n, word, memory=True)
+                for n, word in enumerate((0xFEE0_0000, 0, 0x4041, 0))
+            ]
+        )
+        state = await pci_state.capture(here, fresh)
         assert state.load(0x24, 4) == 8
         assert state.table[:4] == (0xFEE0_0000, 0, 0x4041, 0)
-        await pci_state.restore(there, state)
-        assert await pci_state.capture(there) == state
+        await pci_state.restore(there, state, fresh)
+        assert await pci_state.capture(there, fresh) == state
         assert await source_qtest.ask(["inl 0xcf8"]) == [0x8000_1234], "the guest's own"
         with pytest.raises(QemuError, match="refused"):
             await source_qtest.run(["nonsense"])

@@ -1,0 +1,74 @@
+"""A device's state, its own and that of its PCI function, out of one VM and into the other.
+
+These are what the steps of a move do for one device.  Most of them are done while the guest does
+not run, so what does not need the result of another is done at the same time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vfio_user_virtio_server.vm import pci_state
+from vfio_user_virtio_server.vm.guest_pci import GuestFunction
+from vfio_user_virtio_server.vm.together import all_of
+
+if TYPE_CHECKING:
+    from vfio_user_virtio_server.vm.move import MovedDevice
+    from vfio_user_virtio_server.vm.qtest import Qtest
+
+
+async def find_there(one: MovedDevice, target: Qtest) -> None:
+    """Find the function at the target, where the guest is not yet.
+
+    Raises QemuError if it is not of the same kind.
+    """
+    assert one.function is not None
+    assert one.layout is not None
+    one.there = GuestFunction(target, one.function.way)
+    await one.there.number_bridges()
+    one.fresh = await pci_state.compare(one.there, one.layout)
+
+
+async def stop(one: MovedDevice) -> None:
+    """Raises HostError."""
+    await one.source.server.stop(one.source.device)
+
+
+async def save(one: MovedDevice) -> None:
+    """What the device is and has written, and its function, which leaves INTx alone from here on.
+
+    What comes for the guest waits at the target from now, if it can be led there.  Raises
+    HostError.
+    """
+    await all_of((lambda: _save_device(one), lambda: _save_pci(one), lambda: _announce(one)))
+
+
+async def _save_device(one: MovedDevice) -> None:
+    one.stream = await one.source.server.final_image(one.source.device)
+    if one.logged:
+        one.written = await one.source.server.take_log(one.source.device)
+
+
+async def _save_pci(one: MovedDevice) -> None:
+    assert one.function is not None
+    assert one.layout is not None
+    one.pci = await pci_state.capture(one.function, one.layout)
+    await pci_state.without_intx(one.function, one.pci)
+
+
+async def _announce(one: MovedDevice) -> None:
+    if one.announced:
+        await one.target.server.announce(one.target.device)
+
+
+async def load(one: MovedDevice) -> None:
+    """What the device is; it takes effect when it is let run.  Raises HostError."""
+    await one.target.server.load(one.target.device, one.stream)
+
+
+async def restore_pci(one: MovedDevice) -> None:
+    """Raises QemuError."""
+    assert one.pci is not None
+    assert one.there is not None
+    assert one.fresh is not None
+    await pci_state.restore(one.there, one.pci, one.fresh)
