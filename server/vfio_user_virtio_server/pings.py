@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 INTERVAL: Final = 0.02
 """Seconds from one to the next: a fraction of what a guest is stopped."""
-PATIENCE: Final = 3.0
+PATIENCE: Final = 10.0
 """Seconds in which the first one must be answered."""
 
 GRACE: Final = 0.5

@@ -47,6 +47,8 @@ MACHINE: Final = Machine(programs=("ip", "ethtool"), memory_mib=256)
 OUT: Final = 5001
 BACK: Final = 5002
 BLOCK: Final = 1 << 18
+MAY_PING: Final = "/proc/sys/net/ipv4/ping_group_range"
+"""Who of a namespace may send echo requests without privilege: at first nobody."""
 PINGS_PER_SECOND: Final = 10
 PAUSE: Final = 0.05
 """Seconds, so that a machine of two cores has time for all else as well."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import pytest
@@ -62,13 +63,16 @@ async def test_there_and_back(
         passing = [
             await enter(moving.running_traffic(netns, here.guest, nic, pause=pause)) for nic in nics
         ]
+        await netns.run("sh", "-c", f"echo 0 0 >{moving.MAY_PING}")
         for number in range(moves):
             there = await mover.end(incoming=True)
-            done = await trio.run_process(
-                moving.command(here, there, "--json"), capture_stdout=True
-            )
+            drawn = tmp_path / f"move{number}.svg"
+            options = ("--report", str(drawn), *(("--ping", nics[0].guest) if number == 0 else ()))
+            command = moving.command(here, there, "--json", *options)
+            done = await trio.run_process(netns.wrap(command), capture_stdout=True)
             report = json.loads(done.stdout)
             assert report["failed"] == []
+            check_drawn(ET.parse(drawn).getroot(), report)
             print(number, report["devices"], report["downtime_seconds"], report["stopped_seconds"])
             assert await here.guest.process.wait() == 0, "the source has ended"
             for one in passing:
@@ -81,6 +85,24 @@ async def test_there_and_back(
             assert sent > 10
             assert lost <= MOST_LOST * moves
         assert await here.guest.kernel_complaints() == []
+
+
+def check_drawn(picture: ET.Element, told: dict[str, Any]) -> None:
+    """The picture has what was told: phases, and a mark for each packet of the guest."""
+    namespace = "{http://www.w3.org/2000/svg}"
+    texts = [one.text for one in picture.iter(f"{namespace}text")]
+    assert "While nothing ran" in texts
+    assert texts.count("pre-copy") == 2, "the fact and the phase"
+    assert [texts.count(phase["name"]) for phase in told["phases"][5:]] == [2] * 8
+    assert "the guest runs at the target" in texts
+    packets = told["packets"]
+    assert ("packets" in texts) == (packets is not None)
+    if packets is not None:
+        marks = [f"{namespace}circle", f"{namespace}path"]
+        answered, lost = (len(list(picture.iter(mark))) for mark in marks)
+        assert answered >= packets["sent"] - packets["unanswered"] > 10, "some of them twice"
+        assert lost >= packets["unanswered"]
+        print(packets)
 
 
 async def test_pages_that_are_not_marked_are_stale(
