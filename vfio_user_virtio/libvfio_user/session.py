@@ -23,8 +23,9 @@ dirty pages of any range, in       from the start of one mapping on, in pages of
 pages of any size                  DMA_LOGGING_START named; else ENOENT, EOPNOTSUPP
 P2P states; MIGRATION says what    never; always STOP_COPY and PRE_COPY, in which a device that does
 the device can do                  not have it gives no data
-a stopped device is as any other   in STOP and STOP_COPY it refuses DMA_MAP, DMA_UNMAP and
-                                   DEVICE_SET_IRQS, in STOP_COPY all registers too
+a stopped device is as any other   in STOP and STOP_COPY all is refused but RESET, features, data and
+                                   registers, and in STOP_COPY registers too
+MIG_DEVICE_STATE is the device's   what the client has asked for, not who uses the control interface
 a device that fails ends its       answers EIO first
 session
 an error reply is a header         some carry a payload; a reply to an access of 0 bytes has none
@@ -38,8 +39,9 @@ refusals and bytes are counted     only refusals by the device, and what comes f
 Nothing else differs that a client could see, and nothing that a guest could.  In particular, what
 the library alone would not do is done around it: it serves sockets that we accepted
 (`vfio_user_virtio.libvfio_user.greeting`); the device has the client's eventfds and the memory's
-fds, split messages are put together, and what the library does not survive, or does not know how to
-refuse in the device's name, it never sees (`vfio_user_virtio.libvfio_user.arrival`, `.proxy`).
+fds, split messages are put together, RESET leads back to RUNNING (`.stand_in`), and what the
+library does not survive, or does not know how to refuse in the device's name, it never sees
+(`.arrival`, `.proxy`).
 """
 
 from __future__ import annotations
