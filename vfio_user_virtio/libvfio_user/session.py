@@ -23,8 +23,8 @@ dirty pages of any range, in       from the start of one mapping on, in pages of
 pages of any size                  DMA_LOGGING_START named; else ENOENT, EOPNOTSUPP
 P2P states; MIGRATION says what    never; always STOP_COPY and PRE_COPY, in which a device that does
 the device can do                  not have it gives no data
-a stopped device is as any other   in STOP and STOP_COPY all is refused but RESET, features, data and
-                                   registers, and in STOP_COPY registers too
+a stopped device is as any other   in STOP and STOP_COPY all but RESET, features, data and registers
+                                   is refused, and in STOP_COPY registers too
 MIG_DEVICE_STATE is the device's   what the client has asked for, not who uses the control interface
 a device that fails ends its       answers EIO first
 session
