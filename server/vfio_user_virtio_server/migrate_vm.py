@@ -2,7 +2,8 @@
 
 Stock QEMU moves a VM with vfio-user devices and leaves the devices behind.  This is the command
 line of `vm.move`, which does it whole; see there for what happens when.  Both QEMUs and all servers
-are reached by UNIX sockets, so two hosts need theirs forwarded, and ``--channel``.
+are reached by UNIX sockets, so two hosts need theirs forwarded, and ``--channel``; see `vm.qtest`
+for the third one of the other host (``--from-qtest``, ``--to-qtest``).
 
 The QEMUs' monitors serve one client at a time each: give this command its own (``-qmp unix:…``).
 Nothing else is needed of either; the target waits with ``-incoming defer``.
@@ -48,6 +49,7 @@ from vfio_user_virtio_server.vm.control import connect_server
 from vfio_user_virtio_server.vm.move import PRE_COPY, Move, MovedDevice, Place
 from vfio_user_virtio_server.vm.qemu import Qemu
 from vfio_user_virtio_server.vm.qmp import open_qmp
+from vfio_user_virtio_server.vm.qtest import Forwarded
 from vfio_user_virtio_server.vm.take_back import take_back_by
 
 if TYPE_CHECKING:
@@ -94,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="append",
             type=argument(values.parse_socket_path),
             help=f"control socket of the {what}'s server; once for each server",
+        )
+        parser.add_argument(
+            f"--{side}-qtest",
+            metavar="HERE:THERE",
+            type=argument(parse_forwarded),
+            help=f"a path that leads to one on the {what}'s host, if that is another one",
         )
     parser.add_argument(
         "--device",
@@ -143,12 +151,22 @@ def parse_device(text: str) -> NamedDevice:
     return NamedDevice(ident, source, target or source)
 
 
+def parse_forwarded(text: str) -> Forwarded:
+    """``HERE:THERE``, as ``ssh -L`` has it.  Raises ValueError."""
+    here, _, there = text.partition(":")
+    if not here or not there.startswith("/"):
+        raise ValueError(f"{text!r} is not HERE:THERE, the latter an absolute path")
+    return Forwarded(values.parse_socket_path(here), values.parse_socket_path(there))
+
+
 def run(options: argparse.Namespace) -> int:
     if options.from_qmp == options.to_qmp:
         raise HostError("--from-qmp and --to-qmp are the same", exit_code=os.EX_USAGE)
     if options.take_back:
         print(trio.run(take_back_by, options.from_qmp, options.from_control, options.to_qmp))
         return os.EX_OK
+    if (options.from_qtest or options.to_qtest) and options.channel is None:
+        raise HostError("two hosts need a --channel, as tcp:HOST:PORT", exit_code=os.EX_USAGE)
     attempt = Attempt(options)
     with report.kept(options.report, attempt.drawn):
         cancelled_by = trio.run(attempt.run)
@@ -231,9 +249,9 @@ class Attempt:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._progress.clear)
             sides = []
-            for name, path, controls in (
-                ("source", options.from_qmp, options.from_control),
-                ("target", options.to_qmp, options.to_control),
+            for name, path, controls, forwarded in (
+                ("source", options.from_qmp, options.from_control, options.from_qtest),
+                ("target", options.to_qmp, options.to_control, options.to_qtest),
             ):
                 sock = await dial(path)
                 process = _peer(sock)
@@ -241,7 +259,7 @@ class Attempt:
                 servers = [
                     await stack.enter_async_context(connect_server(control)) for control in controls
                 ]
-                sides.append((Qemu(qmp), Served(servers, process)))
+                sides.append((Qemu(qmp, forwarded), Served(servers, process)))
             (source, here), (target, there) = sides
             self.move = Move(
                 source,

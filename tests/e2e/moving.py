@@ -27,6 +27,8 @@ import trio
 from tests.e2e import traffic
 from tests.testbed.guest import boot, start
 from tests.testbed.machine import Machine, vfio_user_pci
+from tests.testbed.netns import open_netns
+from tests.testbed.relay import forwarding
 from tests.testbed.server_process import COMMAND, serve
 from vfio_user_virtio_server.dial import dial
 from vfio_user_virtio_server.vm.control import connect_server
@@ -103,14 +105,25 @@ class End:
     guest: Guest
     nics: tuple[Nic, ...]
     taps: list[str]
+    near: str = ""
+    """Before the names of its sockets, if they are forwarded."""
 
     @property
     def qmp(self) -> Path:
-        return self.folder / "qmp"
+        return self.folder / f"{self.near}qmp"
 
     @property
     def control(self) -> Path:
-        return self.folder / "control"
+        return self.folder / f"{self.near}control"
+
+    @asynccontextmanager
+    async def forwarded(self) -> AsyncIterator[str]:
+        """Its sockets are reached as from another host; where its test protocol is then."""
+        names = ("qmp", "control", "qtest")
+        self.near = "near-"
+        async with forwarding({self.folder / f"near-{name}": self.folder / name for name in names}):
+            yield f"{self.folder / 'near-qtest'}:{self.folder / 'qtest'}"
+        self.near = ""
 
 
 class Mover:
@@ -213,15 +226,33 @@ async def open_mover(
         await mover.aclose()
 
 
-async def add_bridge(netns: Netns, name: str, address: str) -> None:
+async def add_bridge(netns: Netns, name: str, address: str, mac: str = traffic.HOST_MAC) -> None:
     """A bridge that keeps its MAC address.
 
     One that was given none takes the lowest of its ports', and so another one when a TAP device is
     added; a guest that has the old one in mind then sends to nobody, until it asks again.
     """
-    await netns.run("ip", "link", "add", name, "address", traffic.HOST_MAC, "type", "bridge")
+    await netns.run("ip", "link", "add", name, "address", mac, "type", "bridge")
     await netns.run("ip", "link", "set", name, "up")
     await netns.run("ip", "address", "add", f"{address}/24", "dev", name)
+
+
+FAR: Final = "10.0.0.3"
+FAR_MAC: Final = "52:54:00:00:00:03"
+"""Where the other host is."""
+
+
+@asynccontextmanager
+async def open_other_host(bed: Bed, netns: Netns) -> AsyncIterator[Netns]:
+    """A namespace with a bridge of its own, which is wired to the first of `netns`."""
+    async with open_netns(bed, beside=netns) as other:
+        await other.disable_ipv6()
+        await add_bridge(other, ONLY.bridge, FAR, FAR_MAC)
+        ends = ("wire", "type", "veth", "peer", "name", "wire", "netns", str(other.holder))
+        await netns.run("ip", "link", "add", *ends)
+        for end in (netns, other):
+            await end.run("ip", "link", "set", "wire", "master", ONLY.bridge, "up")
+        yield other
 
 
 def command(source: End, target: End, *options: str) -> list[str]:
@@ -340,6 +371,13 @@ class Traffic:
         assert "duplicates" not in counted[3], text
         return int(counted[1]), int(counted[1]) - int(counted[2])
 
+    async def stop(self) -> None:
+        """No more pings, if there are still any."""
+        if self._ping is not None and self._ping.returncode is None:
+            self._ping.kill()
+            with trio.CancelScope(shield=True):
+                await self._ping.wait()
+
     async def _receive(self, stream: trio.SocketStream, block: bytes) -> None:
         async with stream:
             have = bytearray()
@@ -381,5 +419,8 @@ async def running_traffic(
     async with trio.open_nursery() as nursery:
         running = Traffic(nursery, netns, nic, pause)
         await running.start(guest)
-        yield running
+        try:
+            yield running
+        finally:
+            await running.stop()
         nursery.cancel_scope.cancel()

@@ -32,7 +32,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 @pytest.mark.parametrize(
     ("machine", "nics", "moves"),
     [
-        pytest.param(moving.MACHINE, (moving.ONLY,), 2, id="msix"),
         pytest.param(
             attrs.evolve(moving.MACHINE, cpus=2, memory_mib=128),
             moving.TWO,

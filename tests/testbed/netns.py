@@ -54,6 +54,8 @@ class Netns:
     """A namespace that a holder keeps; `open_netns` makes one."""
 
     def __init__(self, bed: Bed, holder: int, *, user: bool) -> None:
+        self.holder = holder
+        self.user = user
         self._bed = bed
         self._prefix = ["nsenter", f"--target={holder}", "--net"]
         if user:
@@ -155,11 +157,15 @@ def unshare_options() -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def open_netns(bed: Bed) -> AsyncIterator[Netns]:
-    """A new namespace with its loopback up; raises `NoNamespaces`."""
-    options = unshare_options()
+async def open_netns(bed: Bed, beside: Netns | None = None) -> AsyncIterator[Netns]:
+    """A new namespace with its loopback up; raises `NoNamespaces`.
+
+    `beside`: another one, whose user may give it devices.
+    """
+    options = unshare_options() if beside is None else ("--net",)
+    command = ["unshare", *options, "sh", "-c", "echo up; exec cat"]
     holder = await trio.lowlevel.open_process(
-        ["unshare", *options, "sh", "-c", "echo up; exec cat"],
+        beside.wrap(command) if beside else command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -167,7 +173,8 @@ async def open_netns(bed: Bed) -> AsyncIterator[Netns]:
     try:
         if not await holder.stdout.receive_some():
             raise NoNamespaces(f"`unshare {' '.join(options)}` gave no namespace")
-        netns = Netns(bed, holder.pid, user="--user" in options)
+        user = beside.user if beside else "--user" in options
+        netns = Netns(bed, holder.pid, user=user)
         await netns.run("ip", "link", "set", "lo", "up")
         yield netns
     finally:

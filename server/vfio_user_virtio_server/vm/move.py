@@ -197,8 +197,10 @@ class Move:
     async def run(self) -> None:
         """Raises HostError, when what was begun has been undone."""
         async with contextlib.AsyncExitStack() as stack:
-            self._source_qtest = await stack.enter_async_context(open_qtest(self._source.qmp))
-            self._target_qtest = await stack.enter_async_context(open_qtest(self._target.qmp))
+            self._source_qtest, self._target_qtest = [
+                await stack.enter_async_context(open_qtest(qemu.qmp, qemu.forwarded))
+                for qemu in (self._source, self._target)
+            ]
             try:
                 for step in STEPS:
                     await self._do(step)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vfio_user_virtio_server.vm.qmp import Json, Qmp
+    from vfio_user_virtio_server.vm.qtest import Forwarded
 
 _T = TypeVar("_T")
 
@@ -86,10 +87,14 @@ class Ram:
 
 
 class Qemu:
-    """The QEMU behind `qmp`.  `ram`: of its migration as a source, as it was looked at last."""
+    """The QEMU behind `qmp`.  `ram`: of its migration as a source, as it was looked at last.
 
-    def __init__(self, qmp: Qmp) -> None:
+    `forwarded`: how its test protocol is reached, if it is on another host.
+    """
+
+    def __init__(self, qmp: Qmp, forwarded: Forwarded | None = None) -> None:
         self.qmp = qmp
+        self.forwarded = forwarded
         self.name = qmp.name
         self.ram: Ram | None = None
 

@@ -9,6 +9,9 @@ It stays there until that QEMU ends, with a listening socket that only this user
 found again by the next who moves the guest: QEMU 11.1.3 cannot take it away.  After ``object-del``
 its answers go to memory that is freed, and those of a second one do as well.
 
+A QEMU on another host, whose monitor is forwarded (``ssh -L``), gets no descriptor that way: it
+makes a socket of its own at a path of its host, which has to be forwarded as well (`Forwarded`).
+
 A command is a line of words, numbers in C's notation; the answer is a line, ``OK`` and a value, or
 ``FAIL`` and why; ``IRQ …`` lines may come in between, if asked for.  `Qtest.run` sends many
 commands at once, since a VM that is paused waits for each of them.
@@ -27,6 +30,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import trio
 
 from vfio_user_virtio_server.vm.errors import QemuError, QemuGone
@@ -43,6 +47,14 @@ _BATCH: Final = 256
 """Commands that are sent at once: neither their bytes nor those of the answers fill a socket."""
 NAME: Final = "vfio-user-virtio-qtest"
 """What the protocol and its socket are called in QEMU."""
+
+
+@attrs.frozen
+class Forwarded:
+    """The path `here` leads to the path `there` on QEMU's host, when somebody listens there."""
+
+    here: str
+    there: str
 
 
 def decode_answer_untrusted(line: bytes) -> int | None:
@@ -118,12 +130,23 @@ class Qtest:
 
 
 @contextlib.asynccontextmanager
-async def open_qtest(qmp: Qmp) -> AsyncIterator[Qtest]:
+async def open_qtest(qmp: Qmp, forwarded: Forwarded | None = None) -> AsyncIterator[Qtest]:
     """The test protocol of the QEMU behind `qmp`, which gets one if it has none.
 
-    Raises QemuError.
+    `forwarded`: how it is reached at another host.  Raises QemuError.
     """
-    path = await socket_untrusted(qmp) or await _add(qmp)
+    path = await socket_untrusted(qmp)
+    if forwarded is not None:
+        if path is None:
+            await _add_there(qmp, forwarded.there)
+        elif path != forwarded.there:
+            raise QemuError(
+                f"the test protocol of {qmp.name} is at {path} of its host already: forward "
+                f"{forwarded.here} to that, instead of {forwarded.there}"
+            )
+        path = forwarded.here
+    elif path is None:
+        path = await _add(qmp)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with trio.socket.from_stdlib_socket(sock) as connected:
         sock.setblocking(False)
@@ -132,7 +155,7 @@ async def open_qtest(qmp: Qmp) -> AsyncIterator[Qtest]:
         except OSError as error:
             raise QemuError(
                 f"cannot reach the test protocol of {qmp.name} at {path}: {error.strerror}; "
-                "it was added by the user who moved the guest last"
+                "it was added by the user who moved the guest last, on the host of that QEMU"
             ) from None
         yield Qtest(connected, qmp.name)
 
@@ -164,9 +187,27 @@ async def _add(qmp: Qmp) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen(1)
-        await qmp.execute("getfd", fds=[listener.fileno()], fdname=NAME)
-    address: Json = {"type": "fd", "data": {"str": NAME}}
+        try:
+            await qmp.execute("getfd", fds=[listener.fileno()], fdname=NAME)
+        except QemuError as error:
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+            if isinstance(error, QemuGone):
+                raise
+            raise QemuError(
+                f"{error}; if it is on another host, forward a socket for its test protocol, too "
+                "(--from-qtest, --to-qtest)"
+            ) from None
+    await _add_object(qmp, {"type": "fd", "data": {"str": NAME}})
+    return path
+
+
+async def _add_there(qmp: Qmp, path: str) -> None:
+    """QEMU listens at `path` of its own host, and removes that at its end."""
+    await _add_object(qmp, {"type": "unix", "data": {"path": path}})
+
+
+async def _add_object(qmp: Qmp, address: Json) -> None:
     backend: Json = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     await qmp.execute("chardev-add", id=NAME, backend=backend)
     await qmp.execute("object-add", qom_type="qtest", id=NAME, chardev=NAME, log="none")
-    return path
