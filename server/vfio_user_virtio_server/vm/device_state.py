@@ -8,13 +8,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vfio_user_virtio.errors import HostError
+from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio_server.vm import pci_state
+from vfio_user_virtio_server.vm.errors import Gone
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
-from vfio_user_virtio_server.vm.together import all_of
+from vfio_user_virtio_server.vm.together import all_of, both
 
 if TYPE_CHECKING:
     from vfio_user_virtio_server.vm.move import MovedDevice
+    from vfio_user_virtio_server.vm.pci_state import PciState
+    from vfio_user_virtio_server.vm.qmp import Qmp
     from vfio_user_virtio_server.vm.qtest import Qtest
+
+
+async def look(one: MovedDevice, source: Qmp, qtest: Qtest) -> list[str]:
+    """Find its function at the source; why it cannot be taken, or would not be at the target.
+
+    Raises HostError.
+    """
+
+    async def find() -> PciState:
+        one.function = await GuestFunction.find(source, qtest, one.ident)
+        one.layout = await pci_state.read_config(one.function)
+        return one.layout
+
+    async def compare() -> list[str]:
+        fit = Preflight()
+        fit.target_saves_untrusted(await one.target.server.image(one.target.device))
+        try:
+            fit.source_saves_untrusted(await one.source.server.image(one.source.device))
+        except Gone:
+            raise
+        except HostError as error:
+            return [str(error)]
+        return []
+
+    layout, problems = await both(find, compare)
+    return [*layout.refusals(), *problems]
 
 
 async def find_there(one: MovedDevice, target: Qtest) -> None:

@@ -42,15 +42,13 @@ import attrs
 import trio
 
 from vfio_user_virtio.errors import HostError
-from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio_server.spans import timed
 from vfio_user_virtio_server.vm import comparison, device_state, pci_state, standing
 from vfio_user_virtio_server.vm.errors import Gone, NotMovable, QemuError, QemuGone
-from vfio_user_virtio_server.vm.guest_pci import GuestFunction
 from vfio_user_virtio_server.vm.marking import mark_written
 from vfio_user_virtio_server.vm.qemu import NEEDED
 from vfio_user_virtio_server.vm.qtest import open_qtest
-from vfio_user_virtio_server.vm.together import all_of
+from vfio_user_virtio_server.vm.together import all_of, both
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -58,6 +56,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.control.records import Range
     from vfio_user_virtio_server.spans import Span
     from vfio_user_virtio_server.vm.control import ServerControl
+    from vfio_user_virtio_server.vm.guest_pci import GuestFunction
     from vfio_user_virtio_server.vm.pci_state import PciState
     from vfio_user_virtio_server.vm.qemu import Facts, Qemu, Ram
     from vfio_user_virtio_server.vm.qmp import Event
@@ -241,7 +240,7 @@ class Move:
     # --- before anything is touched ------------------------------------------------------------
 
     async def _check(self) -> None:
-        source, target = self.facts = await self._source.facts(), await self._target.facts()
+        source, target = self.facts = await both(self._source.facts, self._target.facts)
         problems = comparison.compare(source, target, [one.ident for one in self.devices])
         if not self.devices:
             problems.append("no device is named that is to be moved")
@@ -273,17 +272,8 @@ class Move:
         assert self._source_qtest is not None
         problems = []
         for one in self.devices:
-            one.function = await GuestFunction.find(self._source.qmp, self._source_qtest, one.ident)
-            one.layout = await pci_state.read_config(one.function)
-            problems += [f"{one.ident}: {problem}" for problem in one.layout.refusals()]
-            fit = Preflight()
-            fit.target_saves_untrusted(await one.target.server.image(one.target.device))
-            try:
-                fit.source_saves_untrusted(await one.source.server.image(one.source.device))
-            except Gone:
-                raise
-            except HostError as error:
-                problems.append(f"{one.ident}: {error}")
+            found = await device_state.look(one, self._source.qmp, self._source_qtest)
+            problems += [f"{one.ident}: {problem}" for problem in found]
         if problems:
             raise NotMovable(problems)
 
@@ -438,8 +428,11 @@ class Move:
                 self.failed.append(str(error))
 
     async def _end_source(self) -> None:
-        """A device of a QEMU that has ended is let go by its server."""
+        """A device stays stopped until its server sees that its QEMU has ended."""
         if not self._keep_source:
+            for one in self.devices:
+                with contextlib.suppress(HostError):
+                    await one.source.server.leave_stopped(one.source.device)
             await self._source.quit()
             return
         await self._source.set_capabilities(self._turned_on[self._source.name], False)

@@ -6,7 +6,7 @@ has become of it.  So where one fails the others are waited for; a nursery alone
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -14,6 +14,9 @@ from vfio_user_virtio.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 
 async def all_of(jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
@@ -31,3 +34,20 @@ async def all_of(jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
             nursery.start_soon(do, job)
     if failures:
         raise failures[0]
+
+
+async def both(
+    first: Callable[[], Awaitable[_A]], second: Callable[[], Awaitable[_B]]
+) -> tuple[_A, _B]:
+    """What `first` and `second` return.  Raises as `all_of` does."""
+    found: list[_A] = []
+    other: list[_B] = []
+
+    async def do_first() -> None:
+        found.append(await first())
+
+    async def do_second() -> None:
+        other.append(await second())
+
+    await all_of((do_first, do_second))
+    return found[0], other[0]

@@ -386,6 +386,8 @@ async def test_the_command_says_where_the_guest_is(bed: Bed, tmp_path: Path) -> 
         assert report["packets"] is None
         assert report["devices"][0]["id"] == "vf"
         assert report["failed"] == []
+        # Until its QEMU has ended, or it would run at both ends for a moment.
+        assert "it is let run again" not in (source.folder / "server.log").read_text()
 
         source, target = target, await rig.end(incoming=True)
         code, text, said = await run("--report", str(svg))
