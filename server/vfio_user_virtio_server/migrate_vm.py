@@ -300,32 +300,38 @@ class Served:
     process: int | None
 
     async def named(self, name: str) -> Place:
-        """Raises HostError."""
-        found = [place for place, device in await self._all() if device.name == name]
+        """`name` may have the number of its server before it, as in 2/device.  Raises HostError."""
+        found = [
+            (shown, place)
+            for shown, place, device in await self._all()
+            if name in (shown, device.name)
+        ]
         return _only(found, f"called {name}")
 
     async def only(self) -> Place:
         """The one device whose client is this side's QEMU.  Raises HostError."""
         found = await self._all()
-        mine = [place for place, device in found if device.process == self.process]
-        return _only(mine or [place for place, _ in found], "of this guest")
+        mine = [one[:2] for one in found if one[2].process == self.process]
+        return _only(mine or [one[:2] for one in found], "of this guest")
 
-    async def _all(self) -> list[tuple[Place, ServedDevice]]:
-        return [
-            (Place(server, device.name), device)
-            for server in self.servers
-            for device in await server.devices()
-        ]
+    async def _all(self) -> list[tuple[str, Place, ServedDevice]]:
+        """Each with what it may be named by."""
+        found = []
+        for number, server in enumerate(self.servers, 1):
+            for device in await server.devices():
+                shown = f"{number}/{device.name}" if len(self.servers) > 1 else device.name
+                found.append((shown, Place(server, device.name), device))
+        return found
 
 
-def _only(found: list[Place], which: str) -> Place:
+def _only(found: list[tuple[str, Place]], which: str) -> Place:
     if len(found) != 1:
-        names = ", ".join(place.device for place in found) or "none"
+        names = ", ".join(shown for shown, _ in found) or "none"
         raise HostError(
             f"devices of the servers {which}: {names}; name each with --device ID=NAME",
             exit_code=os.EX_USAGE,
         )
-    return found[0]
+    return found[0][1]
 
 
 async def _devices(
