@@ -163,7 +163,8 @@ def run(options: argparse.Namespace) -> int:
     if options.from_qmp == options.to_qmp:
         raise HostError("--from-qmp and --to-qmp are the same", exit_code=os.EX_USAGE)
     if options.take_back:
-        print(trio.run(take_back_by, options.from_qmp, options.from_control, options.to_qmp))
+        source = (options.from_qmp, options.from_qtest, options.from_control)
+        print(trio.run(take_back_by, *source, options.to_qmp))
         return os.EX_OK
     if (options.from_qtest or options.to_qtest) and options.channel is None:
         raise HostError("two hosts need a --channel, as tcp:HOST:PORT", exit_code=os.EX_USAGE)

@@ -25,7 +25,7 @@ from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server.dial import dial
 from vfio_user_virtio_server.vm import pci_state, standing
 from vfio_user_virtio_server.vm.control import connect_server
-from vfio_user_virtio_server.vm.errors import QemuError
+from vfio_user_virtio_server.vm.errors import QemuError, QemuGone
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
 from vfio_user_virtio_server.vm.qemu import Qemu
 from vfio_user_virtio_server.vm.qmp import open_qmp
@@ -34,8 +34,12 @@ from vfio_user_virtio_server.vm.qtest import open_qtest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from vfio_user_virtio_server.vm.qtest import Forwarded
 
-async def take_back_by(from_qmp: str, from_control: Sequence[str], to_qmp: str) -> str:
+
+async def take_back_by(
+    from_qmp: str, from_qtest: Forwarded | None, from_control: Sequence[str], to_qmp: str
+) -> str:
     """As `take_back`, by the paths of the monitors and of the source's servers.
 
     What stands then.  Raises HostError.
@@ -44,7 +48,7 @@ async def take_back_by(from_qmp: str, from_control: Sequence[str], to_qmp: str) 
         open_qmp(await dial(from_qmp), "the source's QEMU") as source,
         _reached(to_qmp) as target,
     ):
-        await take_back(Qemu(source), target)
+        await take_back(Qemu(source, from_qtest), target)
     for path in from_control:
         async with connect_server(path) as server:
             for device in await server.devices():
@@ -55,16 +59,17 @@ async def take_back_by(from_qmp: str, from_control: Sequence[str], to_qmp: str) 
 
 @contextlib.asynccontextmanager
 async def _reached(path: str) -> AsyncIterator[Qemu | None]:
-    """The target, if anybody listens there."""
-    try:
-        sock = await dial(path)
-    except HostError as error:
-        if error.exit_code == os.EX_NOPERM:
-            raise
-        yield None
-        return
-    async with open_qmp(sock, "the target's QEMU") as qmp:
-        yield Qemu(qmp)
+    """The target, if anybody listens there, and not only what forwards its socket."""
+    async with contextlib.AsyncExitStack() as stack:
+        target: Qemu | None = None
+        try:
+            opened = open_qmp(await dial(path), "the target's QEMU")
+            target = Qemu(await stack.enter_async_context(opened))
+        except HostError as error:
+            ended = error.exit_code in (os.EX_NOINPUT, os.EX_UNAVAILABLE)
+            if not ended and not isinstance(error, QemuGone):
+                raise
+        yield target
 
 
 async def take_back(source: Qemu, target: Qemu | None) -> None:
@@ -90,7 +95,7 @@ async def take_back(source: Qemu, target: Qemu | None) -> None:
 
 async def _turn_intx_on(source: Qemu) -> None:
     devices = (await source.facts()).devices
-    async with open_qtest(source.qmp) as qtest:
+    async with open_qtest(source.qmp, source.forwarded) as qtest:
         for ident in devices:
             function = await GuestFunction.find(source.qmp, qtest, ident)
             await pci_state.with_intx(function, await pci_state.read_config(function))
