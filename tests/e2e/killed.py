@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 SECONDS: Final = 60
 """Within which everything ends, on a machine that is busy; nothing here takes more than some."""
 
-LINUX: Final = Machine(programs=("ip",), memory_mib=128, append="no_timer_check")
-"""On a host that is busy, the timer's interrupt can be late for the kernel's check."""
+LINUX: Final = Machine(programs=("ip",), memory_mib=128)
 FIRMWARE: Final = (
     *("-object", "memory-backend-memfd,id=ram,size=64M,share=on"),
     *("-machine", "memory-backend=ram"),

@@ -56,12 +56,11 @@ class InnerIommu(enum.Enum):
 IOMMU_DEVICES: Final[dict[InnerIommu, tuple[str, str]]] = {
     InnerIommu.INTEL: (
         "intel-iommu,intremap=on,caching-mode=on",
-        # emulated on a busy host, the timer's interrupt can be late for the kernel's check
-        "intel_iommu=on no_timer_check",
+        "intel_iommu=on",
     ),
     InnerIommu.INTEL_SCALABLE: (
         "intel-iommu,intremap=on,caching-mode=on,scalable-mode=on,fsts=on",
-        "intel_iommu=on,sm_on no_timer_check",
+        "intel_iommu=on,sm_on",
     ),
     InnerIommu.VIRTIO: ("virtio-iommu-pci,addr=0x1e", UNSAFE_INTERRUPTS),
     InnerIommu.AMD: ("amd-iommu,dma-remap=on,intremap=on", UNSAFE_INTERRUPTS),

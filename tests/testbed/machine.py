@@ -128,7 +128,8 @@ class Machine:
 
     def _kernel_arguments(self) -> list[str]:
         arguments = ["console=ttyS0", "quiet", "mitigations=off", "tsc=reliable", "panic=-1"]
+        # emulated on a busy host, the timer's interrupt can be late for the kernel's check
+        arguments.append("no_timer_check")
         if self.iommu is Iommu.INTEL:
-            # emulated on a busy host, the timer's interrupt can be late for the kernel's check
-            arguments += ["intel_iommu=on", "no_timer_check"]
+            arguments.append("intel_iommu=on")
         return [*arguments, *self.append.split()]
