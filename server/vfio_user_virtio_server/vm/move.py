@@ -429,14 +429,16 @@ class Move:
 
     async def _end_source(self) -> None:
         """A device stays stopped until its server sees that its QEMU has ended."""
-        if not self._keep_source:
-            for one in self.devices:
-                with contextlib.suppress(HostError):
-                    await one.source.server.leave_stopped(one.source.device)
-            await self._source.quit()
+        if self._keep_source:
+            await self._source.set_capabilities(self._turned_on[self._source.name], False)
+            await self._leave_devices()
             return
-        await self._source.set_capabilities(self._turned_on[self._source.name], False)
-        await self._source.status()
+        with contextlib.suppress(HostError):
+            await self._leave_devices()
+        await self._source.quit()
+
+    async def _leave_devices(self) -> None:
+        await self._source.status()  # of one that has ended already, nothing would end the stop
         for one in self.devices:
             await one.source.server.leave_stopped(one.source.device)
 
