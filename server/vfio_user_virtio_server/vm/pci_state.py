@@ -169,6 +169,12 @@ class PciState:
         return self.load(COMMAND, 2)
 
     @property
+    def uses_intx(self) -> bool:
+        """Whether its interrupts are INTx, which is where MSI-X is off."""
+        controls = (offset + _MSIX_CONTROL for offset in self.capabilities.get(_MSIX, ()))
+        return not any(self.load(control, 2) & _MSIX_ENABLE for control in controls)
+
+    @property
     def capabilities(self) -> dict[int, list[int]]:
         """Offsets by capability ID, in the order of the chain."""
         found: dict[int, list[int]] = {}
@@ -312,8 +318,12 @@ async def capture(access: PciAccess, like: PciState) -> PciState:
 
 
 async def without_intx(access: PciAccess, state: PciState) -> None:
-    """Take INTx out of the bus's count; `with_command` undoes it.  Raises QemuError."""
-    await access.run([Access(COMMAND, state.command | Command.INTX_DISABLE, 2)])
+    """Take INTx, if it is in use, out of the bus's count; `with_command` undoes it.
+
+    Raises QemuError.
+    """
+    if state.uses_intx:
+        await access.run([Access(COMMAND, state.command | Command.INTX_DISABLE, 2)])
 
 
 async def with_command(access: PciAccess, state: PciState) -> None:
@@ -322,12 +332,8 @@ async def with_command(access: PciAccess, state: PciState) -> None:
 
 
 async def with_intx(access: PciAccess, state: PciState) -> None:
-    """INTx as it has to be where it is in use, which is where MSI-X is off.  Raises QemuError."""
-    on = [
-        state.load(offset + _MSIX_CONTROL, 2) & _MSIX_ENABLE
-        for offset in state.capabilities.get(_MSIX, ())
-    ]
-    if not any(on):
+    """INTx as it has to be where it is in use.  Raises QemuError."""
+    if state.uses_intx:
         await access.run([Access(COMMAND, state.command & ~Command.INTX_DISABLE, 2)])
 
 

@@ -157,6 +157,10 @@ async def test_the_line_is_taken_from_the_bus_and_given_back() -> None:
     here.set_up()
     state = await captured(here)
     await pci_state.without_intx(here, state)
+    assert here.config.command == state.command, "with MSI-X there is no line"
+    here.config.write(here.msix.offset + 2, bytes(2))
+    state = await captured(here)
+    await pci_state.without_intx(here, state)
     assert here.config.command == state.command | Command.INTX_DISABLE
     await pci_state.with_command(here, state)
     assert here.config.command == state.command
