@@ -279,7 +279,7 @@ STOPS: Final = [*ENDS][[*ENDS].index("pre-copy, under way") :]
 @pytest.mark.parametrize("append", ["", "pci=nomsi"])
 async def test_the_command_dies(append: str, bed: Bed, netns: Netns, tmp_path: Path) -> None:
     """The servers let go, and what was left is taken back; INTx, which was off then, as well."""
-    machine = attrs.evolve(LINUX, append=f"{LINUX.append} {append}")
+    machine = attrs.evolve(LINUX, append=append)
     async with open_sides(bed, tmp_path, netns, machine) as sides:
         source, target = await sides.make(1, incoming=False), await sides.make(2, incoming=True)
         for row, end in rows(Victim.COMMAND, HELD, TWIN):
