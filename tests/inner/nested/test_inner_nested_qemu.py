@@ -12,11 +12,15 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from tests.testbed import guest as guests
-from tests.testbed import inner_kernel
+from tests.inner.nested.nested_machine import (
+    ARRIVING,
+    COMMAND_SECONDS,
+    MEMORY_MIB,
+    arrive,
+    nested_machine,
+)
 from tests.testbed.bed import Bed
-from tests.testbed.guest import boot
-from tests.testbed.machine import Machine, vfio_user_pci
+from tests.testbed.guest import start
 from vfio_user_virtio.backends.vfio.function import VfFunction
 from vfio_user_virtio.backends.vfio.opening import OpenOptions, Way, open_function
 from vfio_user_virtio.backends.vfio.sysfs import PciAddress
@@ -34,8 +38,6 @@ if TYPE_CHECKING:
 PEER = os.environ.get("PEER", "")
 GUEST = "10.77.0.2"
 COUNT = 20
-BOOT_SECONDS = 400
-"""Emulation inside emulation: half a minute on an idle machine."""
 BOOT_MESSAGES = {"DMA_MAP", "DEVICE_SET_IRQS", "REGION_WRITE", "REGION_READ", "VERSION"}
 
 
@@ -43,21 +45,13 @@ async def test_linux_pings_through_the_vf(
     inner: InnerFacts,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(guests, "BOOT_SECONDS", BOOT_SECONDS)
     bed = Bed.find()
     path = tmp_path / "vf.sock"
     sessions: list[Session] = []
     way = Way[os.environ["NESTED"].upper()]
     function = VfFunction(open_function(PciAddress.parse(inner.vfs[0]), OpenOptions(way=way)))
-    machine = Machine(
-        devices=tuple(vfio_user_pci(path)),
-        memory_mib=256,
-        modules=(),
-        kernel=inner_kernel.find(bed),
-    )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -65,16 +59,19 @@ async def test_linux_pings_through_the_vf(
             nursery.start_soon(
                 lambda: serve_listener(listener, function, on_session=sessions.append)
             )
-            async with boot(bed, machine, tmp_path / "guest") as guest:
-                await guest.run(f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up")
-                await guest.run(f"until ping -c 1 -W 1 {PEER}; do :; done", seconds=60)
+            machine = nested_machine(bed, path, *ARRIVING)
+            async with start(bed, machine, tmp_path / "guest") as guest:
+                await arrive(guest, GUEST)
+                await guest.run(f"until ping -c 1 -W 1 {PEER}; do :; done", seconds=COMMAND_SECONDS)
                 (session,) = sessions
                 before = dict(session.statistics().commands)
-                told = await guest.run(f"ping -c {COUNT} -i 0.1 -W 5 {PEER}", seconds=60)
+                told = await guest.run(
+                    f"ping -c {COUNT} -i 0.1 -W 5 {PEER}", seconds=COMMAND_SECONDS
+                )
                 after = dict(session.statistics().commands)
                 interrupts = await guest.run("cat /proc/interrupts")
                 complaints = await guest.kernel_complaints()
-                assert function.memory.pinned_bytes >= 256 << 20
+                assert function.memory.pinned_bytes >= MEMORY_MIB << 20
             nursery.cancel_scope.cancel()
     function.close()
     assert f"{COUNT} packets transmitted, {COUNT} packets received, 0% packet loss" in told
