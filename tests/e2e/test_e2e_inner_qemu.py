@@ -6,7 +6,8 @@ that stays has a VF of QEMU's, which has no owner; the one that moves has two of
 PF of its own, whose networks are one.
 
 The guests are booted outside and taken in (`nested_machine`).  Their memory is made of huge pages,
-or each page would be a message from the inner host's IOMMU to our server: seven seconds for 128 MiB.
+or each page would be a message from the inner host's IOMMU to our server: seven seconds for 128
+MiB.
 """
 
 from __future__ import annotations
