@@ -29,6 +29,7 @@ from tests.bench import (
     physical,
     process,
     register_access,
+    vm_moves,
 )
 from tests.bench.effort import FULL, QUICK
 from tests.bench.report import table, value, write_json
@@ -52,6 +53,7 @@ BENCHMARKS: Final[dict[str, Callable[[Effort, Publish], Awaitable[None]]]] = {
     "migration-downtime": migration_downtime.measure,
     "migration-stream": migration_stream.measure,
     "migration-members": migration_members.measure,
+    "migrate-vm": vm_moves.measure,
     "admin-commands": admin_commands.measure,
     "physical-packets": physical.measure_packets,
     "physical-memory": physical.measure_memory,

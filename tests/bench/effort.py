@@ -15,8 +15,9 @@ class Effort:
     `idle_seconds` watched, `members` beside the first, `maps` numbers of DMA mappings, `pairs` of
     samples of each kind of guest traffic: transfers of `seconds`, blocks of `pings`.  Migrations:
     `modelled` on a slow device, `moves` of a device on a quick one, `streams` of `stream_mib` MiB,
-    and so many members `at_once`.  A physical function: the `ways` into VFIO, `vf_packets` and
-    administration `commands` per block, sizes of a guest whose memory is mapped (`guest_mib`).
+    and so many members `at_once`; `guest_moves` of whole guests with each load.  A physical
+    function: the `ways` into VFIO, `vf_packets` and administration `commands` per block, sizes of a
+    guest whose memory is mapped (`guest_mib`).
     `pinned`: see `guest_traffic`.
     """
 
@@ -32,6 +33,7 @@ class Effort:
     seconds: int
     pings: int
     modelled: int
+    guest_moves: int
     moves: int
     streams: int
     stream_mib: int
@@ -56,6 +58,7 @@ FULL: Final = Effort(
     seconds=2,
     pings=40,
     modelled=5,
+    guest_moves=4,
     moves=200,
     streams=6,
     stream_mib=63,
@@ -76,6 +79,7 @@ QUICK: Final = attrs.evolve(
     pairs=1,
     pings=20,
     modelled=2,
+    guest_moves=2,
     moves=50,
     streams=3,
     at_once=(1, 8, 64),
@@ -95,6 +99,7 @@ TINY: Final = Effort(
     seconds=1,
     pings=3,
     modelled=1,
+    guest_moves=1,
     moves=2,
     streams=1,
     stream_mib=2,

@@ -77,12 +77,11 @@ class TransferFailed(Exception):
 
 
 @attrs.frozen
-class Bench:
-    """The guest with its two NICs, both up."""
+class Wire:
+    """A guest and the namespace, between which traffic is measured."""
 
     guest: Guest
     netns: Netns
-    server: ServerProcess
 
     async def iperf(
         self, column: str, arguments: str, seconds: int, attempts: int = ATTEMPTS
@@ -129,6 +128,13 @@ class Bench:
     async def ping_in(self, column: str, count: int) -> float:
         arguments = ("-c", str(count + 1), "-i", str(PING_INTERVAL))
         return median_ping(await self.netns.run("ping", *arguments, address(column)))
+
+
+@attrs.frozen
+class Bench(Wire):
+    """The guest with its two NICs, both up."""
+
+    server: ServerProcess
 
 
 @attrs.frozen

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.testbed.bed import Bed
 
-NEEDS_GUEST = "guest"
+NEED_GUEST = ("guest", "migrate-vm")
 NEED_INNER_HOST = [name for name in bench.BENCHMARKS if name.startswith("physical-")]
 
 
@@ -35,7 +35,7 @@ def check(figures: list[Figure]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in bench.BENCHMARKS if name not in (NEEDS_GUEST, *NEED_INNER_HOST)]
+    "name", [name for name in bench.BENCHMARKS if name not in (*NEED_GUEST, *NEED_INNER_HOST)]
 )
 async def test_benchmark_runs(name: str, namespaces: None) -> None:
     check(await bench.measure([name], TINY))
@@ -43,8 +43,9 @@ async def test_benchmark_runs(name: str, namespaces: None) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-async def test_guest_benchmark_runs(bed: Bed, namespaces: None) -> None:
-    figures = await bench.measure([NEEDS_GUEST], TINY)
+@pytest.mark.parametrize("name", NEED_GUEST)
+async def test_guest_benchmark_runs(name: str, bed: Bed, namespaces: None) -> None:
+    figures = await bench.measure([name], TINY)
     check(figures)
     busy = [figure for figure in figures if figure.peer]
     assert all(
