@@ -133,3 +133,20 @@ async def test_a_client_that_migrates_comes_first_and_so_does_control() -> None:
             await a.stop_dirty_log("vm")
         await made.traffic.goes_on("a")
         await made.finish()
+
+
+async def test_a_device_that_is_reset_in_between_is_saved_anew() -> None:
+    """By its client, as a guest does that reboots: what the target has of it by then is not so."""
+    async with controlled_rig() as (made, servers):
+        await made.start()
+        async with servers["a"].control() as a, servers["b"].control() as b:
+            await b.set_migration_state("vm", "RESUMING")
+            await a.set_migration_state("vm", "PRE_COPY")
+            await b.write_image("vm", await a.read_image("vm"))
+            await made.places["a"].client.reset()
+            await a.set_migration_state("vm", "STOP_COPY")
+            await b.write_image("vm", await a.read_image("vm"))
+            await b.resume("vm")
+        assert servers["a"].member.function.common.state.status == 0
+        assert servers["b"].member.function.common.state.status == 0
+        assert await made.guest.pci.status() == 0

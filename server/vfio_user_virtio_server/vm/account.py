@@ -47,7 +47,7 @@ class Account:
                     "id": one.ident,
                     "from": one.source.device,
                     "to": one.target.device,
-                    "image_bytes": len(one.stream),
+                    "image_bytes": one.image_bytes,
                     "written_bytes": one.written_bytes,
                     "logged": one.logged,
                 }
@@ -158,7 +158,7 @@ def _of_device(one: MovedDevice) -> str:
     wrote = f"{one.written_bytes:,} that it wrote to the guest's memory"
     if not one.logged:
         wrote = "stopped before the guest's memory was copied"
-    return f"{len(one.stream):,} bytes of its own, {wrote}"
+    return f"{one.image_bytes:,} bytes of its own, {wrote}"
 
 
 def _facts(move: Move) -> Iterator[tuple[str, str]]:
@@ -173,7 +173,7 @@ def _facts(move: Move) -> Iterator[tuple[str, str]]:
         names = f"{one.source.device} to {one.target.device}"
         if one.source.device == one.target.device:
             names = f"{one.source.device} at both servers"
-        moved = f"; {_of_device(one)}" if one.stream else ""
+        moved = f"; {_of_device(one)}" if one.image_bytes else ""
         yield f"device {one.ident}", f"{names}{moved}"
     for phase in move.phases:
         if phase.name == PRE_COPY and phase.byte_count and phase.seconds:

@@ -77,10 +77,6 @@ class ServerControl:
         with self._call(f"{device}: StartDirtyLog"):
             await self._client.start_dirty_log(device)
 
-    async def stop_log(self, device: str) -> None:
-        with self._call(f"{device}: StopDirtyLog"):
-            await self._client.stop_dirty_log(device)
-
     async def take_log(self, device: str) -> list[Range]:
         """What was written since the last call, as whole pages."""
         with self._call(f"{device}: ReportDirtyLog"):
@@ -94,13 +90,20 @@ class ServerControl:
             await self._client.release(device)
             return stream
 
+    async def first_image(self, device: str) -> bytes:
+        """The same, to go on with: what comes later is the rest of this stream."""
+        with self._call(f"{device}: PRE_COPY"):
+            await self._client.set_migration_state(device, "PRE_COPY")
+        with self._call(f"{device}: ReadImage"):
+            return await self._client.read_image(device)
+
     async def stop(self, device: str) -> None:
         """Stop the device, as migration does."""
         with self._call(f"{device}: STOP_COPY"):
             await self._client.set_migration_state(device, "STOP_COPY")
 
     async def final_image(self, device: str) -> bytes:
-        """The whole stream of a device that is stopped."""
+        """The stream of a device that is stopped: the rest of it, if it was begun before."""
         with self._call(f"{device}: ReadImage"):
             return await self._client.read_image(device)
 

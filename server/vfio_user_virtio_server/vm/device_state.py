@@ -60,6 +60,19 @@ async def find_there(one: MovedDevice, target: Qtest) -> None:
     one.fresh = await pci_state.compare(one.there, one.layout)
 
 
+async def prepare(one: MovedDevice) -> None:
+    """Log what it writes from here on, and give the target what it is by now.
+
+    Most of that is still so in the end, and an owner takes the less time for what it knows.  Raises
+    HostError.
+    """
+    if one.logged:
+        await one.source.server.start_log(one.source.device)
+    await one.target.server.expect(one.target.device)
+    one.first = await one.source.server.first_image(one.source.device)
+    await one.target.server.load(one.target.device, one.first)
+
+
 async def stop(one: MovedDevice) -> None:
     """Raises HostError."""
     await one.source.server.stop(one.source.device)
@@ -75,7 +88,7 @@ async def save(one: MovedDevice) -> None:
 
 
 async def _save_device(one: MovedDevice) -> None:
-    one.stream = await one.source.server.final_image(one.source.device)
+    one.rest = await one.source.server.final_image(one.source.device)
     if one.logged:
         one.written = await one.source.server.take_log(one.source.device)
 
@@ -93,8 +106,8 @@ async def _announce(one: MovedDevice) -> None:
 
 
 async def load(one: MovedDevice) -> None:
-    """What the device is; it takes effect when it is let run.  Raises HostError."""
-    await one.target.server.load(one.target.device, one.stream)
+    """The rest of what the device is; all takes effect when it is let run.  Raises HostError."""
+    await one.target.server.load(one.target.device, one.rest)
 
 
 async def restore_pci(one: MovedDevice) -> None:
