@@ -16,15 +16,11 @@ import attrs
 import trio
 
 from tests.e2e import traffic
-from tests.server.vm.bare_qemu import bare_qemu
+from tests.server.vm.bare_qemu import bare_qemu, firmware_done
 from tests.testbed.guest import boot, start
 from tests.testbed.machine import Machine, vfio_user_pci
 from tests.testbed.server_process import serve
 from vfio_user_virtio.control.client import connect_control
-from vfio_user_virtio_server.vm import pci_state
-from vfio_user_virtio_server.vm.errors import QemuError
-from vfio_user_virtio_server.vm.guest_pci import GuestFunction
-from vfio_user_virtio_server.vm.qtest import open_qtest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
     from tests.testbed.guest import Guest
     from tests.testbed.netns import Netns
     from vfio_user_virtio.control.records import Device
-    from vfio_user_virtio_server.vm.qmp import Qmp
 
 SECONDS: Final = 60
 """Within which everything ends, on a machine that is busy; nothing here takes more than some."""
@@ -202,26 +197,13 @@ class Sides:
             process = Process(int(pid.read_text()), self._stack)
             if not incoming:
                 await monitor.execute("cont")
-                await _wait_firmware(monitor)
+                await firmware_done(monitor)
             return Machinery(process, qmp, monitor, None)
         machine = attrs.evolve(self._machine, devices=(*self._machine.devices, *words))
         guest = await enter((start if incoming else boot)(self._bed, machine, folder))
         if not incoming:
             await traffic.configure(guest)
         return Machinery(Process(guest.process.pid, self._stack), qmp, guest.qmp, guest)
-
-
-async def _wait_firmware(qmp: Qmp) -> None:
-    """Until it has given the device its addresses."""
-    async with open_qtest(qmp) as qtest:
-        with trio.fail_after(SECONDS):
-            while True:
-                try:
-                    function = await GuestFunction.find(qmp, qtest, "vf")
-                except QemuError:  # the bridge above it has no number yet
-                    continue
-                if (await pci_state.read_config(function)).command & 2:
-                    return
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ not run, so what does not need the result of another is done at the same time.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vfio_user_virtio.errors import HostError
@@ -18,19 +19,20 @@ from vfio_user_virtio_server.vm.together import all_of, both
 if TYPE_CHECKING:
     from vfio_user_virtio_server.vm.move import MovedDevice
     from vfio_user_virtio_server.vm.pci_state import PciState
-    from vfio_user_virtio_server.vm.qmp import Qmp
+    from vfio_user_virtio_server.vm.qemu import Qemu
     from vfio_user_virtio_server.vm.qtest import Qtest
 
 
-async def look(one: MovedDevice, source: Qmp, qtest: Qtest) -> list[str]:
+async def look(one: MovedDevice, source: Qemu, qtest: Qtest) -> list[str]:
     """Find its function at the source; why it cannot be taken, or would not be at the target.
 
     Raises HostError.
     """
 
     async def find() -> PciState:
-        one.function = await GuestFunction.find(source, qtest, one.ident)
-        one.layout = await pci_state.read_config(one.function)
+        one.function = await GuestFunction.find(source.qmp, qtest, one.ident)
+        async with source.standing_still() if one.function.by_ports else nullcontext():
+            one.layout = await pci_state.read_config(one.function)
         return one.layout
 
     async def compare() -> list[str]:

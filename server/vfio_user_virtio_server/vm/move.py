@@ -279,7 +279,7 @@ class Move:
         assert self._source_qtest is not None
         problems = []
         for one in self.devices:
-            found = await device_state.look(one, self._source.qmp, self._source_qtest)
+            found = await device_state.look(one, self._source, self._source_qtest)
             problems += [f"{one.ident}: {problem}" for problem in found]
         if problems:
             raise NotMovable(problems)

@@ -16,7 +16,7 @@ from vfio_user_virtio_server.vm.errors import QemuError
 from vfio_user_virtio_server.vm.qtest import remove_socket_untrusted, socket_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from vfio_user_virtio_server.vm.qmp import Json, Qmp
     from vfio_user_virtio_server.vm.qtest import Forwarded
@@ -216,6 +216,19 @@ class Qemu:
         """Let the guest run, if it does not.  Raises QemuError."""
         if await self.status() != "running":
             await self.qmp.execute("cont")
+
+    @contextlib.asynccontextmanager
+    async def standing_still(self) -> AsyncIterator[None]:
+        """The guest does not run meanwhile.  Raises QemuError."""
+        if await self.status() != "running":
+            yield
+            return
+        try:
+            await self.qmp.execute("stop")
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.run()
 
     async def quit(self) -> None:
         """End QEMU, and until it has ended.  Raises QemuError."""

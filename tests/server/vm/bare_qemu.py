@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import subprocess
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -16,6 +18,19 @@ if TYPE_CHECKING:
 
     from tests.testbed.bed import Bed
     from vfio_user_virtio_server.vm.qmp import Qmp
+
+DECODED: Final = re.compile(r'"qdev_id": "vf".*?"regions": \[\{[^}]*"address": [1-9]', re.DOTALL)
+"""Of a function in what `query-pci` says; an address that is not decoded is -1."""
+
+
+async def firmware_done(qmp: Qmp) -> None:
+    """Until it has let device ``vf`` decode its addresses, the last thing that it does to it.
+
+    Asked of QEMU: the device's registers are the firmware's while that runs.
+    """
+    with trio.fail_after(20):
+        while not DECODED.search(json.dumps(await qmp.execute("query-pci"))):
+            pass
 
 
 @asynccontextmanager

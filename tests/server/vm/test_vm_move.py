@@ -17,7 +17,7 @@ import attrs
 import pytest
 import trio
 
-from tests.server.vm.bare_qemu import bare_qemu
+from tests.server.vm.bare_qemu import bare_qemu, firmware_done
 from tests.testbed.machine import vfio_user_pci
 from tests.testbed.server_process import COMMAND, serve
 from vfio_user_virtio.errors import HostError
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from tests.testbed.bed import Bed
     from vfio_user_virtio_server.vm.control import ServedDevice
     from vfio_user_virtio_server.vm.pci_state import PciState
-    from vfio_user_virtio_server.vm.qmp import Qmp
 
 pytestmark = pytest.mark.slow
 
@@ -89,8 +88,18 @@ class Rig:
         self._stack = stack
         self._count = 0
 
-    async def end(self, *options: str, incoming: bool, second: bool = False, more: str = "") -> End:
-        """`options` are the server's, `more` is a device of QEMU; `second`: two of ours."""
+    async def end(
+        self,
+        *options: str,
+        incoming: bool,
+        second: bool = False,
+        conventional: bool = False,
+        more: str = "",
+    ) -> End:
+        """`options` are the server's, `more` is a device of QEMU; `second`: two of ours.
+
+        `conventional`: a machine without PCI Express.
+        """
         self._count += 1
         folder = self._folder / f"end{self._count}"
         folder.mkdir()
@@ -98,6 +107,10 @@ class Rig:
         served = ("--socket-path", str(socket), "--mac", "52:54:00:00:00:02", *options)
         served += ("--control-path", str(control))
         words = [*MEMORY, *vfio_user_pci(socket)]
+        if conventional:
+            device = {"driver": "vfio-user-pci", "id": "vf", "addr": "4"}
+            device["socket"] = {"type": "unix", "path": str(socket)}
+            words = [*MEMORY, "-machine", "pc", "-device", json.dumps(device)]
         if second:
             (folder / "two.toml").write_text(TWO.format(folder=folder))
             served = ("--config", str(folder / "two.toml"))
@@ -109,20 +122,8 @@ class Rig:
         qmp = await enter(bare_qemu(self._bed, *words, name=folder.name))
         if not incoming:
             await qmp.execute("cont")
-            await self._firmware(qmp)
+            await firmware_done(qmp)
         return End(folder, Qemu(qmp), await enter(connect_server(str(control))))
-
-    async def _firmware(self, qmp: Qmp) -> None:
-        """Until it has given the device its addresses."""
-        async with open_qtest(qmp) as qtest:
-            with trio.fail_after(20):
-                while True:
-                    try:
-                        function = await GuestFunction.find(qmp, qtest, "vf")
-                    except HostError:
-                        continue
-                    if (await pci_state.read_config(function)).command & 2:
-                        return
 
 
 @asynccontextmanager
@@ -296,6 +297,28 @@ async def test_a_device_that_logs_no_pages(
         said = "\n".join(account.Account("a", "b").lines(move))
         assert "bytes of its own, stopped before the guest's memory was copied" in said
         assert await target.qemu.status() == "running"
+
+
+@pytest.mark.parametrize("conventional", [False, True])
+async def test_a_guest_without_pci_express_stands_still(
+    conventional: bool, bed: Bed, tmp_path: Path
+) -> None:
+    """While its registers are looked at, as the ports are its own; others are not disturbed."""
+    async with open_rig(bed, tmp_path) as rig:
+        source = await rig.end(incoming=False, conventional=conventional)
+        target = await rig.end(incoming=True, conventional=conventional)
+        seen: list[str] = []
+
+        def note(step: str) -> None:
+            if step == "listen":
+                while (event := source.qemu.qmp.take_event(lambda _: True)) is not None:
+                    seen.append(event.name)
+
+        source.qemu.qmp.forget_events()
+        move = moving(source, target, note)
+        await move.run()
+        assert move.target_runs
+        assert seen == ["STOP", "RESUME"] * conventional
 
 
 async def test_two_devices(bed: Bed, tmp_path: Path) -> None:
