@@ -108,8 +108,8 @@ class Rig:
         served += ("--control-path", str(control))
         words = [*MEMORY, *vfio_user_pci(socket)]
         if conventional:
-            device = {"driver": "vfio-user-pci", "id": "vf", "addr": "4"}
-            device["socket"] = {"type": "unix", "path": str(socket)}
+            address = {"type": "unix", "path": str(socket)}
+            device = {"driver": "vfio-user-pci", "id": "vf", "socket": address}
             words = [*MEMORY, "-machine", "pc", "-device", json.dumps(device)]
         if second:
             (folder / "two.toml").write_text(TWO.format(folder=folder))
