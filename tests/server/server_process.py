@@ -34,8 +34,9 @@ VERSION: Final = struct.pack("<HHIIIHH", 1, 1, 20 + len(_CAPABILITIES), 0, 0, 0,
 
 
 def environment() -> dict[str, str]:
-    """The environment in which the daemon finds its packages, and no service manager."""
-    inherited = {key: value for key, value in os.environ.items() if "NOTIFY" not in key}
+    """In which the daemon finds its packages, no service manager, and no width but a terminal's."""
+    left_out = {"NOTIFY_SOCKET", "COLUMNS", "LINES"}
+    inherited = {key: value for key, value in os.environ.items() if key not in left_out}
     return inherited | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'server'}"}
 
 
