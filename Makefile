@@ -41,7 +41,7 @@ lint: setup
 unit: setup
 	$(PYTHON) -m coverage run -m pytest $(SANS_IO)
 	$(PYTHON) -m coverage report
-	$(PYTHON) -m pytest -m 'not e2e' $(SANS_IO:%=--ignore=%) tests
+	$(PYTHON) -m pytest -n auto -m 'not e2e' $(SANS_IO:%=--ignore=%) tests
 
 e2e: setup inner-kernel
 	$(PYTHON) -m pytest -m e2e tests
