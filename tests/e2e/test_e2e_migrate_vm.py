@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
             id="multiqueue-two",
         ),
         pytest.param(
-            attrs.evolve(moving.MACHINE, append="pci=nomsi"), (moving.ONLY,), 2, id="intx"
+            attrs.evolve(moving.MACHINE, append="pci=nomsi"), (moving.ONLY,), 10, id="intx"
         ),
     ],
 )

@@ -1,18 +1,18 @@
 """A device's state, its own and that of its PCI function, out of one VM and into the other.
 
-These are what the steps of a move do for one device.  Most of them are done while the guest does
-not run, so what does not need the result of another is done at the same time.
+These are what the steps of a move do for one device.  What does not need the result of another is
+done at the same time: the guest waits for most of it, and whoever moves it for the rest.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio_server.vm import pci_state
-from vfio_user_virtio_server.vm.errors import Gone
 from vfio_user_virtio_server.vm.guest_pci import GuestFunction
 from vfio_user_virtio_server.vm.together import all_of, both
 
@@ -36,12 +36,14 @@ async def look(one: MovedDevice, source: Qemu, qtest: Qtest) -> list[str]:
         return one.layout
 
     async def compare() -> list[str]:
+        there, here = await both(
+            partial(one.target.server.image, one.target.device),
+            partial(one.source.server.image, one.source.device),
+        )
         fit = Preflight()
-        fit.target_saves_untrusted(await one.target.server.image(one.target.device))
+        fit.target_saves_untrusted(there)
         try:
-            fit.source_saves_untrusted(await one.source.server.image(one.source.device))
-        except Gone:
-            raise
+            fit.source_saves_untrusted(here)
         except HostError as error:
             return [str(error)]
         return []
@@ -68,10 +70,13 @@ async def prepare(one: MovedDevice) -> None:
     Most of that is still so in the end, and an owner takes the less time for what it knows.  Raises
     HostError.
     """
-    if one.logged:
-        await one.source.server.start_log(one.source.device)
-    await one.target.server.expect(one.target.device)
-    one.first = await one.source.server.first_image(one.source.device)
+
+    async def begin() -> None:
+        if one.logged:
+            await one.source.server.start_log(one.source.device)
+        one.first = await one.source.server.first_image(one.source.device)
+
+    await all_of((begin, partial(one.target.server.expect, one.target.device)))
     await one.target.server.load(one.target.device, one.first)
 
 
