@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -61,14 +60,10 @@ def test_the_real_one_fits(library: Library) -> None:
 
 # --- libraries that are not what they seem: stubs, which answer each function with 0 --------------
 
-CC: Final = shutil.which("cc")
-
 
 def stub(folder: Path, **answers: str) -> str:
     """The path of a library with all functions; `answers`: what some return, or that they are not
     there (an empty string)."""
-    if CC is None:
-        pytest.skip("there is no C compiler to make a library with")
     bodies = dict.fromkeys(FUNCTIONS, "0") | {"dma_sg_size": "40", "vfu_create_ctx": "1"} | answers
     source = folder / "stub.c"
     source.write_text(
@@ -77,7 +72,7 @@ def stub(folder: Path, **answers: str) -> str:
         )
     )
     library = folder / "stub.so"
-    subprocess.run([CC, "-shared", "-fPIC", "-o", library, source], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     return str(library)
 
 
@@ -105,5 +100,5 @@ def test_a_library_that_does_not_fit(tmp_path: Path, answers: dict[str, str], me
     path = stub(tmp_path, **answers)
     with pytest.raises(LibraryError, match=re.escape(message)) as caught:
         load(path)
-    assert str(caught.value).count(path)
+    assert path in str(caught.value)
     assert "install libvfio-user (https://github.com/nutanix/libvfio-user" in str(caught.value)
