@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import re
 import socket
 import subprocess
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
 from vfio_user_virtio_server.vm.qmp import open_qmp
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from tests.testbed.bed import Bed
     from vfio_user_virtio_server.vm.qmp import Qmp
 
-DECODED: Final = re.compile(r'"qdev_id": "vf".*?"regions": \[\{[^}]*"address": [1-9]', re.DOTALL)
-"""Of a function in what `query-pci` says; an address that is not decoded is -1."""
+
+def functions(buses: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What `query-pci` tells of: each bus's functions, those behind bridges once they are found."""
+    for bus in buses:
+        for function in bus.get("devices", ()):
+            yield function
+            if bridge := function.get("pci_bridge"):
+                yield from functions([bridge])
+
+
+def decodes(buses: Iterable[dict[str, Any]], qdev_id: str) -> bool:
+    """Whether that function decodes its first region; an address that is not decoded is -1."""
+    return any(
+        function["regions"][0]["address"] > 0
+        for function in functions(buses)
+        if function["qdev_id"] == qdev_id and function["regions"]
+    )
 
 
 async def firmware_done(qmp: Qmp) -> None:
@@ -29,7 +42,7 @@ async def firmware_done(qmp: Qmp) -> None:
     Asked of QEMU: the device's registers are the firmware's while that runs.
     """
     with trio.fail_after(20):
-        while not DECODED.search(json.dumps(await qmp.execute("query-pci"))):
+        while not decodes(cast("list[dict[str, Any]]", await qmp.execute("query-pci")), "vf"):
             pass
 
 
