@@ -216,15 +216,6 @@ def _start_control(
     return [control.session_began for control in controls]
 
 
-def _watched(make_session: MakeSession, watcher: Watcher) -> MakeSession:
-    def make(sock: socket.socket, device: Device, name: str) -> Serving:
-        session = make_session(sock, device, name)
-        watcher(session)
-        return session
-
-    return make
-
-
 async def _serve_device(
     name: str,
     device: Device,
@@ -235,8 +226,6 @@ async def _serve_device(
     make_session: MakeSession | None = None,
 ) -> None:
     """Serve the clients of one device.  Returns when there can be no other."""
-    if make_session is not None:
-        make_session = _watched(make_session, watcher)
     try:
         if door.listening and not one_off:
             await serve_listener(
@@ -244,10 +233,9 @@ async def _serve_device(
             )
             return
         sock = await _accept_one(door) if door.listening else door.sock
-        if make_session is None:
-            await serve_connected(sock, device, name=name, on_session=watcher)
-        else:
-            await make_session(sock, device, name).run()
+        await serve_connected(
+            sock, device, name=name, on_session=watcher, make_session=make_session
+        )
     except OSError as error:
         # Only the listening socket is left to fail so: whoever passed it may have shut it down.
         broken.append(f"{name}: no client can come any more: {error.strerror}")

@@ -19,12 +19,14 @@ from vfio_user_virtio.errors import ConnectionLost, HostError
 from vfio_user_virtio.protocol.header import Command
 from vfio_user_virtio.transport.client import connect
 from vfio_user_virtio.transport.listener import serve_connected, serve_listener
+from vfio_user_virtio.transport.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from vfio_user_virtio.transport.session import Session
+    from vfio_user_virtio.device import Device
+    from vfio_user_virtio.transport.listener import Serving
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ class Server:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.device = MemoryDevice()
-        self.sessions: list[Session] = []
+        self.sessions: list[Serving] = []
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
         self.listener.listen(2)
@@ -72,7 +74,7 @@ async def test_clients_come_and_go(server: Server) -> None:
                 assert await client.region_read(VfioRegion.BAR0, 0, 1) == bytes([number - 1])
             await client.region_write(VfioRegion.BAR0, 0, bytes([number]))
     assert len(server.sessions) == 20
-    assert len({session.state.version for session in server.sessions}) == 1
+    assert len({session.statistics().version for session in server.sessions}) == 1
 
 
 async def test_client_that_is_killed_and_started_again_finds_a_released_device(
@@ -168,6 +170,30 @@ async def test_connected_socket_is_served_to_its_end() -> None:
     assert session.statistics().commands == {"VERSION": 1, "DEVICE_RESET": 1}
     assert theirs.fileno() == -1
     ours.close()
+    device.close()
+
+
+@pytest.mark.parametrize("own_engine", [True, False])
+async def test_sessions_of_every_engine_are_told_of(own_engine: bool) -> None:
+    ours, theirs = socket.socketpair()
+    device = MemoryDevice()
+    told: list[Serving] = []
+
+    def make_session(sock: socket.socket, device: Device, name: str) -> Serving:
+        assert not told
+        return Session(sock, device, name=f"other {name}")
+
+    ours.close()
+    session = await serve_connected(
+        theirs,
+        device,
+        name="dev0",
+        on_session=told.append,
+        make_session=None if own_engine else make_session,
+    )
+    assert told == [session]
+    assert isinstance(session, Session)
+    assert session.name == ("dev0" if own_engine else "other dev0")
     device.close()
 
 

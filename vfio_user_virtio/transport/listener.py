@@ -62,28 +62,22 @@ async def serve_listener(
     *,
     name: str = "session",
     capabilities: Capabilities = OWN_CAPABILITIES,
-    on_session: Callable[[Session], None] | None = None,
+    on_session: Callable[[Serving], None] | None = None,
     make_session: MakeSession | None = None,
 ) -> None:
     """Serve one client after the other until cancelled.
 
     `listener` is a listening UNIX stream socket and stays the caller's; it is made non-blocking.
-    `on_session` sees each session before it runs (statistics); `make_session` makes those of
-    another engine, and tells of them itself.
+    `on_session` sees each session before it runs (statistics).  `make_session` makes those of
+    another engine, which have their own `capabilities`.
     """
     listener.setblocking(False)
     while True:
         sock = await accept(listener, name)
-        serving: Serving
-        if make_session is not None:
-            serving = make_session(sock, device, name)
-        else:
-            serving = session = Session(sock, device, name=name, capabilities=capabilities)
-            if on_session is not None:
-                on_session(session)
+        session = _begin(sock, device, name, capabilities, on_session, make_session)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_mention_waiting, listener, name)
-            await serving.run()
+            await session.run()
             nursery.cancel_scope.cancel()
 
 
@@ -93,16 +87,33 @@ async def serve_connected(
     *,
     name: str = "session",
     capabilities: Capabilities = OWN_CAPABILITIES,
-    on_session: Callable[[Session], None] | None = None,
-) -> Session:
+    on_session: Callable[[Serving], None] | None = None,
+    make_session: MakeSession | None = None,
+) -> Serving:
     """Serve the client at the other end of `sock` until it goes; the session, for its statistics.
 
-    `sock` is closed in the end.
+    `sock` is closed in the end.  The rest is as for `serve_listener`.
     """
-    session = Session(sock, device, name=name, capabilities=capabilities)
+    session = _begin(sock, device, name, capabilities, on_session, make_session)
+    await session.run()
+    return session
+
+
+def _begin(
+    sock: socket.socket,
+    device: Device,
+    name: str,
+    capabilities: Capabilities,
+    on_session: Callable[[Serving], None] | None,
+    make_session: MakeSession | None,
+) -> Serving:
+    session: Serving
+    if make_session is None:
+        session = Session(sock, device, name=name, capabilities=capabilities)
+    else:
+        session = make_session(sock, device, name)
     if on_session is not None:
         on_session(session)
-    await session.run()
     return session
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pytest
 
     from tests.inner.conftest import InnerFacts
-    from vfio_user_virtio.transport.session import Session
+    from vfio_user_virtio.transport.listener import Serving
 
 PEER = os.environ.get("PEER", "")
 GUEST = "10.77.0.2"
@@ -49,7 +49,7 @@ async def test_linux_pings_through_the_vf(
     caplog.set_level(logging.INFO)
     bed = Bed.find()
     path = tmp_path / "vf.sock"
-    sessions: list[Session] = []
+    sessions: list[Serving] = []
     way = Way[os.environ["NESTED"].upper()]
     function = VfFunction(open_function(PciAddress.parse(inner.vfs[0]), OpenOptions(way=way)))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
