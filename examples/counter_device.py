@@ -22,7 +22,6 @@ calls, when, and what it may raise.  This one does no DMA and offers no migratio
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import struct
@@ -33,8 +32,14 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vfio_user_virtio.backends.software.interrupts import Interrupts
-from vfio_user_virtio.device import DeviceFlags, DeviceInfo, RegionFlags, RegionInfo, VfioRegion
-from vfio_user_virtio.errors import ClientError
+from vfio_user_virtio.device import (
+    DeviceFlags,
+    DeviceInfo,
+    RegionFlags,
+    RegionInfo,
+    VfioRegion,
+    WithoutMigration,
+)
 from vfio_user_virtio.pci.config_space import (
     CONFIG_SIZE,
     ConfigEvents,
@@ -49,7 +54,6 @@ from vfio_user_virtio.transport.listener import serve_listener
 if TYPE_CHECKING:
     from vfio_user_virtio.device import (
         DmaMapping,
-        FeatureOperation,
         IrqInfo,
         IrqRequest,
         RemoteMemory,
@@ -75,7 +79,7 @@ REGISTER: Final = struct.Struct("<I")
 READ_WRITE: Final = RegionFlags.READ | RegionFlags.WRITE
 
 
-class CounterDevice:
+class CounterDevice(WithoutMigration):
     """See the module head.  Its registers outlive sessions, as those of hardware do."""
 
     def __init__(self) -> None:
@@ -145,18 +149,6 @@ class CounterDevice:
 
     async def dma_unmap(self, iova: int, size: int) -> None:
         pass
-
-    async def feature(self, index: int, operation: FeatureOperation, data: bytes) -> bytes:
-        raise ClientError(errno.ENOTTY, f"device feature {index} is not offered")
-
-    async def migration_read(self, count: int) -> bytes:
-        raise ClientError(errno.EINVAL, "this device does not migrate")
-
-    async def migration_write(self, data: bytes | memoryview) -> None:
-        raise ClientError(errno.EINVAL, "this device does not migrate")
-
-    async def precopy_info(self) -> tuple[int, int]:
-        raise ClientError(errno.EINVAL, "this device does not migrate")
 
     def work(self) -> None:
         """After each batch of commands; there is nothing that was put off."""
