@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
+_ABILITIES: Final = ("migration", "dirty_log", "dirty_pages", "memory", "replay", "announce")
+"""In the order in which they are told."""
+
 _WHY_NOT: Final = {
     "migration": "its migration is in other hands, or it has no owner that knows device parts",
     "dirty_log": "it does not log what it writes",
-    "dirty_pages": "its IOMMU does not tell which pages it writes",
     "memory": "the server does not see its client's memory",
-    "replay": "its queues and interrupts are not the server's",
+    "replay": "the server has no way to its queues and interrupts",
     "announce": "the server does not send for it",
 }
 
@@ -79,7 +81,11 @@ class Operator(Protocol):
         ...
 
     def replay(self) -> None:
-        """Raises ClientError EBUSY if the device does not run."""
+        """Look at each queue, and send each interrupt once; the device runs, which is looked at
+        before if it migrates.  The guest of a physical device must not be setting it up meanwhile.
+
+        Raises ClientError.
+        """
         ...
 
     def announce(self) -> None: ...
@@ -131,7 +137,7 @@ class DeviceControl:
             "dirty_pages": migratable is not None and migratable.logs_pages,
         }
         offers = frozenset() if self._operator is None else self._operator.offers
-        return [name for name in _WHY_NOT if found.get(name, name in offers)]
+        return [name for name in _ABILITIES if found.get(name, name in offers)]
 
     def status(self) -> records.Device:
         migratable = self._migratable

@@ -192,15 +192,11 @@ class VfFunction(WithoutMigration):
     def replay(self) -> None:
         """Kick each queue and send each interrupt once, as after a migration some may be missing.
 
-        Its guest must not run meanwhile (`replay`).  Raises ClientError.
+        Its guest must not be setting it up meanwhile.  Raises ClientError.
         """
-        if self._gone is not None:
-            raise ClientError(errno.ENODEV, self._gone)
-        try:
+        with self._translating():
             kicked = kick_queues(self._device)
             self._interrupts.inject_all()
-        except KernelRefusal as error:
-            raise ClientError(error.errno, str(error)) from error
         _log.debug("%s: %d queues kicked, interrupts sent", self.name, kicked)
 
     # --- a session -----------------------------------------------------------------------------
@@ -284,8 +280,15 @@ class VfFunction(WithoutMigration):
         if self._gone is not None:
             for fd in fds:
                 os.close(fd)
+        with self._translating():
+            self._in_session = True
+            yield
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """ENODEV once the device is gone, and the kernel's refusals: as ClientError."""
+        if self._gone is not None:
             raise ClientError(errno.ENODEV, self._gone)
-        self._in_session = True
         try:
             yield
         except KernelRefusal as error:

@@ -6,7 +6,7 @@ well, once and whole, which costs address space and nothing else until a page is
 that is not sealed against shrinking is not mapped, as it could end this process; then the device
 works, and its pages cannot be had.
 
-The network is told of the device by whoever is its hardware; nothing is sent from here.
+The network is told of the device by whoever is its hardware, so `announce` is not offered.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _log: Final = logging.getLogger(__name__)
 class VfOperator:
     """The function `name`, whose client's `memory` is mapped here too if `sees_memory`.
 
-    `replay`: kick each queue and send each interrupt; raises ClientError.
+    `replay`: kick each queue and send each interrupt; the guest must not be setting the device up
+    meanwhile; raises ClientError.
     """
 
     def __init__(

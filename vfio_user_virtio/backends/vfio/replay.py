@@ -6,8 +6,8 @@ for the function.  A queue that is kicked for nothing costs a look at its ring.
 
 The queues that are enabled, and where each is kicked, are in the function's common configuration,
 which is read as its driver reads it: by selecting one after the other.  What the driver had
-selected is put back; but it must not be doing the same meanwhile, so its guest must not run, or at
-least not be setting the device up.
+selected is put back; but it must not be doing the same meanwhile, so its guest must not be setting
+the device up.
 
 Rejected: to take both from the image that was loaded.  VQ_NOTIFY_CFG would do, but parts that an
 owner need not know are no place to find out what its device wants.
