@@ -23,20 +23,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import sys
 from typing import TYPE_CHECKING, Final
 
 import attrs
-import trio
 
-from vfio_user_virtio.errors import ConnectionLost, HostError, RemoteError
+from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.preflight import Preflight
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio.transport.device_migration import DOWNTIME, Migration
 from vfio_user_virtio.transport.migration_end import ANSWER_SECONDS
 from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
+from vfio_user_virtio_server.cancellable import CancelledBySignal, run_cancellable
 from vfio_user_virtio_server.dial import session
 from vfio_user_virtio_server.progress import ProgressLine
 from vfio_user_virtio_server.report import Report
@@ -44,9 +42,10 @@ from vfio_user_virtio_server.spans import Span
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from vfio_user_virtio.protocol.migration import MigrationFlags
+    from vfio_user_virtio_server.cancellable import Cancellable
 
 MAX_ROUNDS: Final = 3600
 
@@ -111,10 +110,7 @@ def run(options: argparse.Namespace) -> int:
         raise HostError("--from-socket and --to-socket are the same", exit_code=os.EX_USAGE)
     attempt = Attempt(options)
     with report.kept(options.report, attempt.drawn):
-        cancelled_by = trio.run(attempt.run)
-        if cancelled_by is not None:
-            print(f"vfio-user-virtio: cancelled; {attempt.standing}", file=sys.stderr)
-            return 128 + cancelled_by
+        run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
         done = attempt.migration
         assert done is not None
         if options.json:
@@ -129,11 +125,9 @@ class Attempt:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.migration: Migration | None = None
-        self.cancelled = False
         self._options = options
-        self._cancellable = trio.CancelScope()
 
-    def drawn(self, failure: str) -> Report:
+    def drawn(self, failure: HostError | None) -> Report:
         """For `report`; the phases follow on one another."""
         options, migration = self._options, self.migration
         spans: list[Span] = []
@@ -141,31 +135,15 @@ class Attempt:
             start = spans[-1].end if spans else 0.0
             down = phase.name in DOWNTIME
             spans.append(Span(phase.name, start, phase.seconds, phase.byte_count, down=down))
-        if self.cancelled:
-            failure = f"cancelled; {self.standing}"
-        if failure and spans:
-            spans[-1].undone = "cancelled" if self.cancelled else "failed"
-        return Report(f"{options.from_socket} to {options.to_socket}", spans, failure=failure)
+        if failure is not None and spans:
+            cancelled = isinstance(failure, CancelledBySignal)
+            spans[-1].undone = "cancelled" if cancelled else "failed"
+        title = f"{options.from_socket} to {options.to_socket}"
+        return Report(title, spans, failure=str(failure or ""))
 
-    async def run(self) -> int | None:
-        """Migrate; the signal that cancelled it, or None when it is done.  Raises HostError."""
-        caught: list[int] = []
-        failure: ConnectionLost | HostError | RemoteError | None = None
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with trio.open_nursery() as nursery:
-                self._cancellable = nursery.cancel_scope
-                nursery.start_soon(self._cancel_on_signal, signals, caught)
-                try:
-                    await self._migrate()
-                except (ConnectionLost, HostError, RemoteError) as error:
-                    failure = error
-                nursery.cancel_scope.cancel()
-        if failure is not None:
-            code = failure.exit_code if isinstance(failure, HostError) else os.EX_IOERR
-            raise HostError(f"{failure}; {self.standing}", exit_code=code) from failure
-        too_late = self.migration is not None and self.migration.target_runs
-        self.cancelled = bool(caught) and not too_late
-        return caught[0] if self.cancelled else None
+    @property
+    def too_late(self) -> bool:
+        return self.migration is not None and self.migration.target_runs
 
     @property
     def standing(self) -> str:
@@ -179,7 +157,7 @@ class Attempt:
             return "the source runs on"
         return f"the source does not run on, its state is {_state(migration)}"
 
-    async def _migrate(self) -> None:
+    async def run(self, cancellable: Cancellable) -> None:
         options = self._options
         async with contextlib.AsyncExitStack() as stack:
             source = await stack.enter_async_context(session(options.from_socket))
@@ -198,13 +176,8 @@ class Attempt:
                 preflight=Preflight(),
             )
             # Not the sessions as well: the way back needs them.
-            with trio.CancelScope() as self._cancellable:
+            with cancellable.inner():
                 await self.migration.run()
-
-    async def _cancel_on_signal(self, signals: AsyncIterator[int], caught: list[int]) -> None:
-        async for number in signals:
-            caught.append(number)
-            self._cancellable.cancel()
 
 
 def _saver(

@@ -29,7 +29,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import struct
 import sys
@@ -41,6 +40,7 @@ import trio
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
+from vfio_user_virtio_server.cancellable import run_cancellable
 from vfio_user_virtio_server.dial import dial
 from vfio_user_virtio_server.pings import open_pinger
 from vfio_user_virtio_server.progress import ProgressLine
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Sequence
 
+    from vfio_user_virtio_server.cancellable import Cancellable
+    from vfio_user_virtio_server.pings import Pinger
     from vfio_user_virtio_server.report import Report
     from vfio_user_virtio_server.vm.control import ServedDevice, ServerControl
 
@@ -170,10 +172,7 @@ def run(options: argparse.Namespace) -> int:
         raise HostError("two hosts need a --channel, as tcp:HOST:PORT", exit_code=os.EX_USAGE)
     attempt = Attempt(options)
     with report.kept(options.report, attempt.drawn):
-        cancelled_by = trio.run(attempt.run)
-        if cancelled_by is not None:
-            print(f"vfio-user-virtio: {attempt.cancelled}", file=sys.stderr)
-            return 128 + cancelled_by
+        run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
         done = attempt.move
         assert done is not None
         if options.json:
@@ -189,9 +188,7 @@ class Attempt:
     def __init__(self, options: argparse.Namespace) -> None:
         self.move: Move | None = None
         self.account = Account(options.from_qmp, options.to_qmp)
-        self.cancelled = ""
         self._options = options
-        self._cancellable = trio.CancelScope()
         self._progress = ProgressLine()
 
     @property
@@ -199,51 +196,43 @@ class Attempt:
         """Where the guest is now."""
         return "nothing was changed" if self.move is None else self.move.standing
 
-    def drawn(self, failure: str) -> Report:
-        """For `report`."""
-        return self.account.drawn(self.move, failure or self.cancelled)
+    @property
+    def too_late(self) -> bool:
+        return self.move is not None and self.move.target_runs
 
-    async def run(self) -> int | None:
-        """Move; the signal that cancelled it, or None when it is done.  Raises HostError."""
-        caught: list[int] = []
-        failure: HostError | None = None
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._cancel_on_signal, signals, caught)
-                with self._cancellable:
-                    try:
-                        async with self._pinging(nursery):
-                            try:
-                                await self._move()
-                            except HostError as error:
-                                failure = error
-                    except HostError as error:
-                        failure = error
-                nursery.cancel_scope.cancel()
-        if failure is not None:
-            step = "" if self.move is None else f"{self.move.step}: "
-            raise HostError(
-                f"{step}{failure}; {self.standing}", exit_code=failure.exit_code
-            ) from failure
-        if not caught or (self.move is not None and self.move.target_runs):
-            return None
-        self.cancelled = f"cancelled; {self.standing}"
-        return caught[0]
+    def drawn(self, failure: HostError | None) -> Report:
+        """For `report`."""
+        return self.account.drawn(self.move, str(failure or ""))
+
+    async def run(self, cancellable: Cancellable) -> None:
+        """Raises HostError, with the step that failed if it came to that."""
+        try:
+            async with self._pinging(cancellable):
+                await self._move()
+        except HostError as error:
+            if self.move is None:
+                raise
+            what = f"{self.move.step}: {error}"
+            raise HostError(what, exit_code=error.exit_code) from error
 
     @contextlib.asynccontextmanager
-    async def _pinging(self, nursery: trio.Nursery) -> AsyncIterator[None]:
+    async def _pinging(self, cancellable: Cancellable) -> AsyncIterator[None]:
         """Echo requests before, meanwhile and after, if there is anyone to send them to."""
         if self._options.ping is None:
             yield
             return
         async with open_pinger(self._options.ping) as pinger:
             self.account = attrs.evolve(self.account, pings=pinger.pings)
-            nursery.start_soon(pinger.run)
+            cancellable.beside.start_soon(pinger.run)
             await pinger.answered()
             await trio.sleep(BEFORE_SECONDS)
-            yield
-            await trio.sleep(AFTER_SECONDS)
-            await pinger.settle()
+            try:
+                yield
+            except HostError:
+                with trio.CancelScope(shield=True):  # a signal now must not hide what failed
+                    await _last_of(pinger)
+                raise
+            await _last_of(pinger)
 
     async def _move(self) -> None:
         options = self._options
@@ -284,10 +273,10 @@ class Attempt:
         if self.move is not None:
             self._progress.say(PRE_COPY, progress(self.move))
 
-    async def _cancel_on_signal(self, signals: AsyncIterator[int], caught: list[int]) -> None:
-        async for number in signals:
-            caught.append(number)
-            self._cancellable.cancel()
+
+async def _last_of(pinger: Pinger) -> None:
+    await trio.sleep(AFTER_SECONDS)
+    await pinger.settle()
 
 
 # --- which device is which ----------------------------------------------------------------------

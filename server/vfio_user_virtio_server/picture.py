@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from vfio_user_virtio.limits import PAGE_SIZE
 from vfio_user_virtio_server.drawing import INK, Drawing, escaped
 from vfio_user_virtio_server.pings import Answers
 from vfio_user_virtio_server.words import amount, duration, rate
@@ -113,7 +114,7 @@ def _summary(report: Report) -> Iterator[tuple[str, str]]:
     moved = f"{byte_count:,} bytes" + (f" and {pages:,} pages" if pages else "")
     busy = sum(span.seconds for span in report.spans if span.byte_count or span.page_count)
     if busy > 0:
-        moved += f", {rate((byte_count + 4096 * pages) / busy)} in the phases that moved them"
+        moved += f", {rate((byte_count + PAGE_SIZE * pages) / busy)} in the phases that moved them"
     if byte_count or pages:
         yield "moved", moved
     if report.pings:

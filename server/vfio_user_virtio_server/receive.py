@@ -22,10 +22,10 @@ from vfio_user_virtio.errors import HostError
 from vfio_user_virtio.migration.transfer_stream import FORWARD
 from vfio_user_virtio_server import log, values
 from vfio_user_virtio_server.arguments import argument
+from vfio_user_virtio_server.cancellable import run_cancellable
 from vfio_user_virtio_server.progress import ProgressLine
 from vfio_user_virtio_server.transfer import options as ends_of
 from vfio_user_virtio_server.transfer.address import parse_address
-from vfio_user_virtio_server.transfer.attempt import run_cancellable
 from vfio_user_virtio_server.transfer.channel import Channel, accepted, fd_streams, is_socket
 from vfio_user_virtio_server.transfer.receiver import Receiving
 from vfio_user_virtio_server.words import duration
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator
 
-    from vfio_user_virtio_server.transfer.attempt import Cancellable
+    from vfio_user_virtio_server.cancellable import Cancellable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,9 +66,7 @@ def run(options: argparse.Namespace) -> int:
             "the stream would come from this terminal; read it from a pipe", exit_code=os.EX_USAGE
         )
     attempt = Attempt(options)
-    code = run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
-    if code is not None:
-        return code
+    run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
     done = attempt.receiving
     assert done is not None
     # Standard output is the way back, if the sender has one.

@@ -98,8 +98,8 @@ def write(path: str, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def kept(path: str | None, drawn: Callable[[str], Report]) -> Iterator[None]:
-    """Write to `path` what is `drawn` in the end, which is told why if this fails by HostError.
+def kept(path: str | None, drawn: Callable[[HostError | None], Report]) -> Iterator[None]:
+    """Write to `path` what is `drawn` in the end, which is told of the HostError if this fails.
 
     Nothing without a path.  Raises HostError, before anything is done if `path` cannot be made.
     """
@@ -111,11 +111,11 @@ def kept(path: str | None, drawn: Callable[[str], Report]) -> Iterator[None]:
         yield
     except HostError as error:
         try:
-            write(path, drawn(str(error)))
+            write(path, drawn(error))
         except HostError as second:
             raise HostError(f"{error}; {second}", exit_code=error.exit_code) from None
         raise
-    write(path, drawn(""))
+    write(path, drawn(None))
 
 
 def _unwritable(path: str, error: OSError) -> HostError:

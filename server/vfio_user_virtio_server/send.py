@@ -34,12 +34,12 @@ from vfio_user_virtio.migration.transfer_stream import BACKWARD
 from vfio_user_virtio.protocol.migration import MigrationState
 from vfio_user_virtio_server import log, report, values
 from vfio_user_virtio_server.arguments import argument
+from vfio_user_virtio_server.cancellable import run_cancellable
 from vfio_user_virtio_server.migrate import add_source_arguments
 from vfio_user_virtio_server.progress import ProgressLine
 from vfio_user_virtio_server.report import Report
 from vfio_user_virtio_server.transfer import options as ends_of
 from vfio_user_virtio_server.transfer.address import parse_address
-from vfio_user_virtio_server.transfer.attempt import run_cancellable
 from vfio_user_virtio_server.transfer.channel import (
     Channel,
     command_streams,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Iterator
 
-    from vfio_user_virtio_server.transfer.attempt import Cancellable
+    from vfio_user_virtio_server.cancellable import Cancellable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +97,7 @@ def run(options: argparse.Namespace) -> int:
         )
     attempt = Attempt(options)
     with report.kept(options.report, attempt.drawn):
-        code = run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
-        if code is not None:
-            return code
+        run_cancellable(attempt.run, lambda: attempt.standing, lambda: attempt.too_late)
         done = attempt.sending
         assert done is not None
         _print(options, attempt, done, sys.stderr if to_output else sys.stdout)
@@ -137,14 +135,13 @@ class Attempt:
             )
         return f"the source does not run on, its state is {named}"
 
-    def drawn(self, failure: str) -> Report:
+    def drawn(self, failure: HostError | None) -> Report:
         """For `report`."""
         done = self.sending
+        why = str(failure or "")
         if done is None:
-            return Report("A device is sent", [], failure=failure)
-        if not failure and any(span.undone for span in done.spans):
-            failure = f"cancelled; {self.standing}"
-        return Report(f"{_name(done)} to {_target(done)}", done.spans, failure=failure)
+            return Report("A device is sent", [], failure=why)
+        return Report(f"{_name(done)} to {_target(done)}", done.spans, failure=why)
 
     async def run(self, cancellable: Cancellable) -> None:
         options = self._options

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 import pytest
+import trio
 
 from tests.server.server_process import (
     COMMAND,
@@ -27,13 +28,13 @@ from tests.server.server_process import (
 )
 from vfio_user_virtio.errors import HostError
 from vfio_user_virtio_server import main, migrate
+from vfio_user_virtio_server.cancellable import Cancellable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
     from pathlib import Path
 
-    import trio
 
 MAC_A: Final = "52:54:00:00:00:0a"
 MAC_B: Final = "52:54:00:00:00:0b"
@@ -237,8 +238,9 @@ async def test_a_device_that_is_in_use(autojump_clock: trio.testing.MockClock) -
     with short_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/a")
         listener.listen()
-        with pytest.raises(HostError, match="is a VM using it") as caught:
-            await migrate.Attempt(options(folder)).run()
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(HostError, match="is a VM using it") as caught:
+                await migrate.Attempt(options(folder)).run(Cancellable(nursery))
     assert caught.value.exit_code == os.EX_UNAVAILABLE
 
 

@@ -34,8 +34,8 @@ def test_files(tmp_path: Path) -> None:
         report.check_path("a.png")
 
 
-def drawn(failure: str) -> Report:
-    return Report("a to b", [], failure=failure)
+def drawn(failure: HostError | None) -> Report:
+    return Report("a to b", [], failure=str(failure or ""))
 
 
 def test_what_went_well_is_kept(tmp_path: Path) -> None:

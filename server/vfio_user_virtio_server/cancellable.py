@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 import trio
@@ -16,13 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 
+class CancelledBySignal(HostError):
+    """It was not done, as a signal came; the exit code is as shells have it for that signal."""
+
+
 class Cancellable:
     """What a signal cancels: everything, or once `inner` was entered what is in it, so that the
-    connections outside are there for the way back."""
+    connections outside are there for the way back.
 
-    def __init__(self, outer: trio.CancelScope) -> None:
-        self._scope = outer
+    `beside`: for tasks that end with it.
+    """
+
+    def __init__(self, beside: trio.Nursery) -> None:
+        self.beside = beside
         self.caught: int | None = None
+        self._scope = beside.cancel_scope
 
     @contextlib.contextmanager
     def inner(self) -> Iterator[None]:
@@ -39,17 +46,12 @@ def run_cancellable(
     work: Callable[[Cancellable], Awaitable[None]],
     standing: Callable[[], str],
     too_late: Callable[[], bool],
-) -> int | None:
-    """Run `work`; the exit code if it was cancelled, None if it is done.
-
-    `too_late`: it was done by the time of the signal.  Raises HostError for what went wrong, with
-    how things are `standing`.
-    """
+) -> None:
+    """Run `work`.  Raises HostError for what went wrong, with how things are `standing`, and
+    CancelledBySignal; not if that came `too_late`, when it was done."""
     caught = trio.run(_run, work, standing)
-    if caught is None or too_late():
-        return None
-    print(f"vfio-user-virtio: cancelled; {standing()}", file=sys.stderr)
-    return 128 + caught
+    if caught is not None and not too_late():
+        raise CancelledBySignal(f"cancelled; {standing()}", exit_code=128 + caught)
 
 
 async def _run(
@@ -58,7 +60,7 @@ async def _run(
     failure: ConnectionLost | HostError | RemoteError | None = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            cancellable = Cancellable(nursery.cancel_scope)
+            cancellable = Cancellable(nursery)
             nursery.start_soon(cancellable.obey, signals)
             try:
                 await work(cancellable)
