@@ -54,8 +54,9 @@ _RESET_PAUSE: Final = 0.001
 
 
 class NotAnOwner(HostError):
-    """A function without an administration virtqueue: nothing is wrong with it, but it owns no VFs
-    that migrate."""
+    """A function that cannot be an owner of ours: no virtio device that is not transitional, one
+    without an administration virtqueue, or one that may go past the IOMMU.  It may be a good device
+    all the same; the VFs of it that work cannot migrate."""
 
 
 class Register(enum.Enum):
@@ -102,7 +103,8 @@ class RingAddresses:
 
 
 class OwnerTransport:
-    """The registers of a PF, called `name` in messages.  All calls raise HostError."""
+    """The registers of a PF, called `name` in messages.  All calls raise HostError, and `open`,
+    `negotiate` and `admin_queue` NotAnOwner."""
 
     def __init__(self, access: FunctionAccess, name: str) -> None:
         self.name = name
@@ -123,7 +125,7 @@ class OwnerTransport:
         if vendor == NO_VENDOR:
             raise self.error("the device has gone")
         if vendor != VIRTIO_VENDOR or device not in VIRTIO_DEVICES:
-            raise self.error(
+            raise self.no_owner(
                 f"{vendor:04x}:{device:04x} is no virtio device that is not transitional "
                 "(1af4:1040 to 1af4:107f)"
             )
@@ -134,7 +136,7 @@ class OwnerTransport:
             self._common = found[CfgType.COMMON]
             self._notify = found[CfgType.NOTIFY]
         except KeyError as error:
-            raise self.error(f"it has no {CfgType(error.args[0]).name} structure") from None
+            raise self.no_owner(f"it has no {CfgType(error.args[0]).name} structure") from None
         self.found = True
         (command,) = struct.unpack_from("<H", config, COMMAND)
         command |= COMMAND_MEMORY | COMMAND_MASTER
@@ -177,12 +179,12 @@ class OwnerTransport:
         await self.write(Register.DEVICE_STATUS, Status.ACKNOWLEDGE | Status.DRIVER)
         offered = await self._offered()
         if missing := REQUIRED & ~offered:
-            raise NotAnOwner(
-                f"{self.name}: it does not offer {', '.join(feature_names(missing))}: "
+            raise self.no_owner(
+                f"it does not offer {', '.join(feature_names(missing))}: "
                 "it cannot be the owner of VFs that migrate"
             )
         if not allow_untranslated and not offered & Feature.ACCESS_PLATFORM.mask:
-            raise self.error(
+            raise self.no_owner(
                 "it does not offer ACCESS_PLATFORM: it may reach memory past the IOMMU; "
                 "if it is known not to, allow untranslated access"
             )
@@ -201,11 +203,11 @@ class OwnerTransport:
         """The index of the first administration virtqueue, and its largest size."""
         index = await self.read(Register.ADMIN_QUEUE_INDEX)
         if not await self.read(Register.ADMIN_QUEUE_NUM):
-            raise self.error("it offers ADMIN_VQ, but admin_queue_num is 0")
+            raise self.no_owner("it offers ADMIN_VQ, but admin_queue_num is 0")
         await self.write(Register.QUEUE_SELECT, index)
         size = await self.read(Register.QUEUE_SIZE)
         if not size:
-            raise self.error(f"its administration virtqueue {index} has size 0")
+            raise self.no_owner(f"its administration virtqueue {index} has size 0")
         return index, size
 
     async def enable_queue(self, index: int, ring: RingAddresses, vector: int) -> None:
@@ -263,6 +265,9 @@ class OwnerTransport:
 
     def error(self, problem: str) -> HostError:
         return HostError(f"{self.name}: {problem}")
+
+    def no_owner(self, problem: str) -> NotAnOwner:
+        return NotAnOwner(f"{self.name}: {problem}")
 
     async def _offered(self) -> int:
         word = 0

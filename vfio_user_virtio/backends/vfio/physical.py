@@ -7,7 +7,8 @@ they are, and the log says what is missing.
 
 The owner may be named; otherwise it is the PF that sysfs names, if vfio-pci holds that.  Whoever
 names a VF token and no owner says that another process has it.  A PF that was not named need not be
-an owner: one without an administration virtqueue is held for its token.
+an owner: one that cannot be, such as one without an administration virtqueue, is held for its
+token.
 """
 
 from __future__ import annotations
