@@ -90,7 +90,8 @@ _SET: Final = FeatureOperation.SET
 class DeviceProxy:
     """See the module head; satisfies `description.Answers`.  `over`: the device is not ours.
 
-    `refusals`: how many requests the device did not carry out.
+    `refusals`: how many requests were refused by the device, or by what looks at messages before
+    the library does.
     """
 
     def __init__(self, device: Device, name: str) -> None:
@@ -157,14 +158,16 @@ class DeviceProxy:
             trio.from_thread.run_sync(self._device.work)
 
     def transition(self, state: MigrationState) -> None:
+        silent = False
         if not self._was_reset:
             target = _STATES[state]
-            self._silent = target is wire.MigrationState.PRE_COPY and not self._has_precopy()
-            if self._silent:
+            silent = target is wire.MigrationState.PRE_COPY and not self._has_precopy()
+            if silent:
                 target = wire.MigrationState.RUNNING
             data = wire.encode_device_state(target)
             self._answer(self._device.feature, Feature.MIG_DEVICE_STATE, _SET, data)
         self._state = state
+        self._silent = silent
 
     def _has_precopy(self) -> bool:
         data = self._answer(self._device.feature, Feature.MIGRATION, _GET, b"")

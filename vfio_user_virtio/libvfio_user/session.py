@@ -33,7 +33,8 @@ fds where none belong: EINVAL      closed, and the command carried out
 IRQ flags as the device has them   EVENTFD alone, for every index
 a region without sparse areas      is shown with one area
 a message may take 10 s            longer, if it is none of those that are looked at beforehand
-refusals and bytes are counted     only refusals by the device, and what comes from the client
+refusals and bytes are counted     refusals by the device, and by what looks at messages before the
+                                   library; bytes that come from the client
 =================================  ===============================================================
 
 Nothing else differs that a client could see, and nothing that a guest could.  In particular, what
@@ -63,7 +64,7 @@ from vfio_user_virtio.libvfio_user.declarations import LogLevel
 from vfio_user_virtio.libvfio_user.description import can_migrate, describe
 from vfio_user_virtio.libvfio_user.greeting import greet, listening_context
 from vfio_user_virtio.libvfio_user.proxy import DeviceProxy
-from vfio_user_virtio.libvfio_user.stand_in import tell
+from vfio_user_virtio.libvfio_user.stand_in import take, tell
 from vfio_user_virtio.limits import HANDSHAKE_SECONDS, PARTIAL_MESSAGE_SECONDS, RELEASE_SECONDS
 from vfio_user_virtio.protocol.header import Command
 from vfio_user_virtio.transport.session_state import SessionStatistics, peer_process
@@ -217,10 +218,7 @@ class LibvfioUserSession:
             _log.debug("%s: refused command %d: %s", self.name, message.command, error)
             refuse(self._socket, message, error.errno)
             return
-        try:
-            context.run()
-        except OSError as error:
-            raise ConnectionLost(f"libvfio-user has given it up: {error.strerror}") from None
+        take(context)
         self._proxy.settle()
 
     def _count(self, message: Message) -> None:

@@ -31,8 +31,14 @@ def tell(context: Context, client: socket.socket, command: int, payload: bytes) 
         os.dup2(its.fileno(), place, inheritable=False)
         try:
             ours.sendall(encode_command(0, command, payload, no_reply=True))
-            context.run()
-        except OSError as error:
-            raise ConnectionLost(f"libvfio-user has given it up: {error.strerror}") from None
+            take(context)
         finally:
             os.dup2(client.fileno(), place, inheritable=False)
+
+
+def take(context: Context) -> None:
+    """Have `context` take and answer what is there.  Raises ConnectionLost."""
+    try:
+        context.run()
+    except OSError as error:
+        raise ConnectionLost(f"libvfio-user has given it up: {error.strerror}") from None
