@@ -14,7 +14,7 @@ import pytest
 from tests.testbed.bed import Bed, TestbedMissing
 from tests.testbed.engines import ENGINES, LIBVFIO_USER, departure, libvfio_user_sessions
 from tests.testbed.netns import NoNamespaces, open_netns, unshare_options
-from vfio_user_virtio.libvfio_user import LibraryError
+from vfio_user_virtio.libvfio_user import Library, LibraryMissing, load
 from vfio_user_virtio.testing import loopback
 
 if TYPE_CHECKING:
@@ -64,6 +64,15 @@ def namespaces() -> None:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def library() -> Library:
+    """The real libvfio-user; skips where it is not installed, never for one that does not fit."""
+    try:
+        return load()
+    except LibraryMissing as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 async def netns(bed: Bed, namespaces: None) -> AsyncIterator[Netns]:
     """A network namespace of the test's own."""
@@ -90,10 +99,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Which engine serves; a test that takes it runs once with each, if they are there."""
     name: str = request.param
     if name == LIBVFIO_USER:
-        try:
-            monkeypatch.setattr(loopback, "make_session", libvfio_user_sessions())
-        except LibraryError as error:
-            pytest.skip(str(error))
+        library: Library = request.getfixturevalue("library")
+        monkeypatch.setattr(loopback, "make_session", libvfio_user_sessions(library))
         if found := departure(request.node.name):
             mark = pytest.mark.xfail(reason=found.why, run=found.run, strict=True)
             request.applymarker(mark)

@@ -14,7 +14,6 @@ import pytest
 from tests.examples.example_process import EXAMPLES, environment
 from vfio_user_virtio.device import IrqAction, IrqRequest, VfioIrq, VfioRegion
 from vfio_user_virtio.errors import RemoteError
-from vfio_user_virtio.libvfio_user import LibraryError, load
 from vfio_user_virtio.testing.guest_ram import GuestRam
 from vfio_user_virtio.transport.client import connect
 
@@ -22,16 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture
-def _library() -> None:
-    """Skips where the library is not installed.  Not in the test: a skip in there has no reason."""
-    try:
-        load()
-    except LibraryError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.usefixtures("_library")
+@pytest.mark.usefixtures("library")
 async def test_it_adds_up_guest_memory_and_interrupts(tmp_path: Path) -> None:
     path = tmp_path / "sum.sock"
     server = subprocess.Popen(  # noqa: ASYNC220 - it is not waited for

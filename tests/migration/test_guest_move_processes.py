@@ -13,7 +13,6 @@ from tests.migration.guest_move_network import Host, flow_and_number
 from tests.migration.guest_move_rig import places
 from tests.server.server_process import served, short_folder
 from tests.testbed.engines import LIBVFIO_USER, NATIVE
-from vfio_user_virtio.libvfio_user import LibraryError, load
 from vfio_user_virtio.protocol.migration import MigrationFlags
 
 if TYPE_CHECKING:
@@ -89,9 +88,6 @@ async def test_between_two_daemons(pairs: int, p2p: bool, precopy: bool) -> None
     [(LIBVFIO_USER, LIBVFIO_USER), (NATIVE, LIBVFIO_USER), (LIBVFIO_USER, NATIVE)],
     ids="-to-".join,
 )
+@pytest.mark.usefixtures("library")
 async def test_between_engines(engines: tuple[str, str], pairs: int) -> None:
-    try:
-        load()
-    except LibraryError as error:
-        pytest.skip(str(error))
     await moves(engines, pairs, p2p=True, precopy=True)

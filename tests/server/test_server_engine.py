@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.server.server_process import SECONDS, client, negotiate, run, served, short_folder
-from vfio_user_virtio.libvfio_user import LibraryError, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from vfio_user_virtio.libvfio_user import Library
 
 ENGINE: Final = ("--engine", "libvfio-user")
 WITHOUT_WX: Final = (
@@ -43,14 +44,6 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
-def library() -> str:
-    try:
-        return load().path
-    except LibraryError as error:
-        pytest.skip(str(error))
-
-
 def test_a_library_that_is_not_there_is_told_before_anything_is_served(folder: Path) -> None:
     result = run("serve", *ENGINE, "--libvfio-user", "/nowhere.so", "--socket-path", folder / "s")
     assert result.returncode == os.EX_UNAVAILABLE
@@ -66,10 +59,10 @@ def test_a_library_for_the_native_engine_is_a_mistake(folder: Path) -> None:
 
 
 def test_clients_come_one_after_the_other_and_see_the_same_device(
-    folder: Path, library: str
+    folder: Path, library: Library
 ) -> None:
     facts = []
-    for engine in ((), (*ENGINE, "--libvfio-user", library)):
+    for engine in ((), (*ENGINE, "--libvfio-user", library.path)):
         options = ("--socket-path", folder / "s", "--mac", "52:54:00:12:34:56", *engine)
         with served(*options) as server:
             for _ in range(2):
@@ -84,7 +77,7 @@ def test_clients_come_one_after_the_other_and_see_the_same_device(
         assert native[part] == other[part], part
 
 
-def test_a_passed_socket_and_a_connected_one(folder: Path, library: str) -> None:
+def test_a_passed_socket_and_a_connected_one(folder: Path, library: Library) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
         listener.listen()
@@ -107,7 +100,7 @@ def test_a_passed_socket_and_a_connected_one(folder: Path, library: str) -> None
 
 
 def test_it_ends_in_time_while_a_client_is_silent_or_does_not_read(
-    folder: Path, library: str
+    folder: Path, library: Library
 ) -> None:
     with served("--socket-path", folder / "s", *ENGINE) as server, client(folder / "s"):
         assert server.stop()[0] == 0
@@ -122,7 +115,7 @@ def test_it_ends_in_time_while_a_client_is_silent_or_does_not_read(
         assert server.process.wait(SECONDS) == 0
 
 
-def test_it_runs_without_writable_executable_memory(folder: Path, library: str) -> None:
+def test_it_runs_without_writable_executable_memory(folder: Path, library: Library) -> None:
     with served("--socket-path", folder / "s", *ENGINE, prefix=WITHOUT_WX) as server:
         with client(folder / "s") as sock:
             assert answers(sock)
@@ -133,7 +126,7 @@ def test_it_runs_without_writable_executable_memory(folder: Path, library: str) 
 
 @pytest.mark.parametrize(("source", "target"), [(ENGINE, ()), ((), ENGINE), (ENGINE, ENGINE)])
 def test_a_device_moves_between_engines(
-    folder: Path, library: str, source: tuple[str, ...], target: tuple[str, ...]
+    folder: Path, library: Library, source: tuple[str, ...], target: tuple[str, ...]
 ) -> None:
     here_at, there_at = folder / "one", folder / "two"
     with (

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from vfio_user_virtio.libvfio_user import load
 from vfio_user_virtio.libvfio_user.session import LibvfioUserSession
 
 if TYPE_CHECKING:
     import socket
 
     from vfio_user_virtio.device import Device
+    from vfio_user_virtio.libvfio_user import Library
     from vfio_user_virtio.transport.listener import MakeSession, Serving
 
 NATIVE: Final = "native"
@@ -133,9 +133,8 @@ def departure(name: str) -> Departure | None:
     return None
 
 
-def libvfio_user_sessions() -> MakeSession:
-    """What makes sessions behind libvfio-user.  Raises LibraryError."""
-    library = load()
+def libvfio_user_sessions(library: Library) -> MakeSession:
+    """What makes sessions behind libvfio-user."""
 
     def make(sock: socket.socket, device: Device, name: str) -> Serving:
         return LibvfioUserSession(library, sock, device, name=name)

@@ -20,7 +20,7 @@ from vfio_user_virtio.libvfio_user.declarations import (
     RegionFlag,
     ResetKind,
 )
-from vfio_user_virtio.libvfio_user.library import Library, LibraryError, load
+from vfio_user_virtio.libvfio_user.library import Library, LibraryError, LibraryMissing, load
 from vfio_user_virtio.libvfio_user.scatter import ScatterList
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Irq",
     "Library",
     "LibraryError",
+    "LibraryMissing",
     "LogLevel",
     "Migration",
     "MigrationState",

@@ -54,6 +54,7 @@ VARIABLE: Final = "LIBVFIO_USER"
 """The environment variable that names the library."""
 
 _NAME: Final = "libvfio-user.so.0"
+_UNNAMED: Final = f"neither --libvfio-user nor {VARIABLE} is given"
 _SG_SIZES: Final = range(16, 257)
 _VERSION: Final = encode_command(1, Command.VERSION, struct.pack("<HH", 0, 0))
 _DMA_MAP: Final = encode_command(2, Command.DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, 0x1000))
@@ -68,6 +69,10 @@ class LibraryError(HostError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=os.EX_UNAVAILABLE)
+
+
+class LibraryMissing(LibraryError):
+    """No library was named, and the loader knows none: libvfio-user is not installed."""
 
 
 @attrs.frozen(eq=False)
@@ -91,18 +96,24 @@ def wanted(path: str | None = None) -> tuple[str, str]:
         return path, "--libvfio-user"
     if told := os.environ.get(VARIABLE):
         return told, f"environment variable {VARIABLE}"
-    return _NAME, f"neither --libvfio-user nor {VARIABLE} is given"
+    return _NAME, _UNNAMED
 
 
 def load(path: str | None = None) -> Library:
-    """Load libvfio-user, see `wanted`, and look whether it fits.  Raises LibraryError."""
+    """Load libvfio-user, see `wanted`, and look whether it fits.
+
+    Raises LibraryError, namely LibraryMissing where none was asked for by name and none is there.
+    """
     name, why = wanted(path)
     ffi = _ffi(LIMITED_DMA)
     try:
         lib = ffi.dlopen(name)
     except OSError as error:
         reason = str(error).partition("  Additionally")[0].rstrip(".")  # which cffi tries in vain
-        raise LibraryError(f"{why}: {reason}; {_INSTALL}") from None
+        # Not so if what it names is a library that this one needs.
+        absent = reason.endswith(os.strerror(errno.ENOENT)) and f"{name}: " in reason
+        missing_or_unfit = LibraryMissing if absent and why == _UNNAMED else LibraryError
+        raise missing_or_unfit(f"{why}: {reason}; {_INSTALL}") from None
     missing = [function for function in FUNCTIONS if not hasattr(lib, function)]
     if missing:
         if len(missing) == len(FUNCTIONS):
@@ -173,6 +184,8 @@ def _first_map_is_refused(name: str, path: str, ffi: Native, lib: Native, contex
             raise _unusable(name, "a first conversation", error.errno or errno.EIO) from None
         except ConnectionLost:
             raise _unusable(name, "a first conversation", errno.EPROTO) from None
+    if answer.command != Command.DMA_MAP:
+        raise _unusable(name, "a first conversation", errno.EPROTO)
     return bool(answer.flags & ERROR)
 
 
