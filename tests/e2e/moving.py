@@ -17,6 +17,7 @@ import hashlib
 import random
 import re
 import signal
+import socket
 import subprocess
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
@@ -49,11 +50,14 @@ MACHINE: Final = Machine(programs=("ip", "ethtool"), memory_mib=256)
 OUT: Final = 5001
 BACK: Final = 5002
 BLOCK: Final = 1 << 18
+BUFFER: Final = BLOCK // 4
+"""Of the host's sockets, of which the kernel makes twice as much."""
 MAY_PING: Final = "/proc/sys/net/ipv4/ping_group_range"
 """Who of a namespace may send echo requests without privilege: at first nobody."""
 PINGS_PER_SECOND: Final = 10
 PAUSE: Final = 0.05
-"""Seconds, so that a machine of two cores has time for all else as well."""
+"""Seconds that this host waits after each block of a stream, received or sent: a machine of two
+cores has time for all else as well then."""
 
 
 MEMBER: Final = """
@@ -176,8 +180,7 @@ class Mover:
 
     async def _add_tap(self, netns: Netns, nic: Nic) -> str:
         tap = f"tap{self._count}.{nic.number}"
-        await netns.add_tap(tap)
-        await netns.run("ip", "link", "set", tap, "master", nic.bridge)
+        await netns.add_tap(tap, master=nic.bridge)
         return tap
 
     def _served(self, folder: Path, taps: list[str]) -> list[str]:
@@ -269,7 +272,11 @@ def command(source: End, target: End, *options: str) -> list[str]:
 
 
 async def move(
-    source: End, target: End, on_step: Callable[[str], None], *, marked: bool = True
+    source: End,
+    target: End,
+    on_step: Callable[[str], None] = lambda _: None,
+    *,
+    marked: bool = True,
 ) -> Move:
     """The same in this process: `on_step` may fail it at any step.  Raises HostError.
 
@@ -329,6 +336,8 @@ class Traffic:
             await self._netns.listen(OUT) as out,
             await self._netns.listen(BACK) as back,
         ):
+            out.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            back.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             await guest.run(
                 f"(while cat {files}.block; do :; done | nc {host} {OUT}) "
                 "</dev/null >/dev/null 2>&1 &\n"
@@ -344,15 +353,23 @@ class Traffic:
         )
 
     async def pass_more(self, blocks: int = 8) -> None:
-        """Until that much more has come from the guest and gone to it."""
+        """Until that much more has come from the guest and gone to it; two `blocks` at least.
+
+        This takes a guest that lives: what the host's sockets hold is part of one block (`BUFFER`),
+        and another may have been almost sent before.
+        """
+        assert blocks >= 2
         out, back = self.bytes_out + blocks * BLOCK, self.bytes_back + blocks * BLOCK
         with trio.fail_after(60):
             while self.bytes_out < out or self.bytes_back < back:
                 self._more = trio.Event()
                 await self._more.wait()
 
-    async def check(self, guest: Guest) -> tuple[int, int]:
-        """End it, wherever `guest` is: everything was whole.  Pings that were sent, and lost."""
+    async def check(self, guest: Guest, *, moves: int) -> None:
+        """End it, wherever `guest` is: everything was whole.
+
+        Of the pings, a second may be lost for each of `moves`.
+        """
         self._ending = True
         for done in self._done:
             await done.wait()
@@ -369,7 +386,10 @@ class Traffic:
         counted = re.search(r"(\d+) packets transmitted, (\d+) packets received(.*)", text)
         assert counted is not None, text
         assert "duplicates" not in counted[3], text
-        return int(counted[1]), int(counted[1]) - int(counted[2])
+        sent, lost = int(counted[1]), int(counted[1]) - int(counted[2])
+        print(f"{sent} pings, {lost} lost")
+        assert sent > 10
+        assert lost <= PINGS_PER_SECOND * moves, text
 
     async def stop(self) -> None:
         """No more pings, if there are still any."""

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tests.e2e import moving, traffic
-from tests.e2e.loading import Load
+from tests.e2e.loading import check_load, start_load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +32,7 @@ async def test_to_another_host_and_back(bed: Bed, netns: Netns, tmp_path: Path) 
         mover = await enter(moving.open_mover(bed, netns, tmp_path))
         other = await enter(moving.open_other_host(bed, netns))
         first = await mover.end(incoming=False, host=netns)
-        load = Load()
-        await load.start(first.guest)
+        await start_load(first.guest)
         passing = await enter(moving.running_traffic(netns, first.guest))
 
         far = await mover.end(incoming=True, host=other)
@@ -53,9 +52,8 @@ async def test_to_another_host_and_back(bed: Bed, netns: Netns, tmp_path: Path) 
         assert await far.guest.process.wait() == 0
         assert not (far.folder / "qtest").exists(), "QEMU takes its own socket along"
 
-        files = await load.check(last.guest)
-        sent, lost = await passing.check(last.guest)
-        print(f"{sent} pings, {lost} lost; {files} files checked")
+        await check_load(last.guest)
+        await passing.check(last.guest, moves=2)
         assert await last.guest.kernel_complaints() == []
 
 

@@ -114,10 +114,17 @@ class Netns:
         path = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
         await self.run("sh", "-c", f"echo 1 >{path}")
 
-    async def add_tap(self, name: str, address: str = "", mtu: int = 1500) -> None:
-        """A TAP device with vnet_hdr that stays without anybody attached, up, with an address."""
+    async def add_tap(
+        self, name: str, address: str = "", mtu: int = 1500, *, master: str = ""
+    ) -> None:
+        """A TAP device with vnet_hdr that stays without anybody attached, up, with an address.
+
+        `master`: the bridge whose port it is.
+        """
         await self.run("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr")
         await self.run("ip", "link", "set", name, "mtu", str(mtu), "up")
+        if master:
+            await self.run("ip", "link", "set", name, "master", master)
         if address:
             await self.run("ip", "address", "add", address, "dev", name)
 
