@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 import trio
 
-from tests.e2e import traffic
+from tests.e2e import moving, traffic
 from tests.server.vm.bare_qemu import bare_qemu, firmware_done
 from tests.testbed.guest import boot, start
 from tests.testbed.machine import Machine, vfio_user_pci
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vfio_user_virtio.control.records import Device
 
 SECONDS: Final = 60
-"""Within which everything ends, on a machine that is busy; nothing here takes more than some."""
+"""Within which everything ends, on a machine that is busy; all of it takes a few."""
 
 LINUX: Final = Machine(programs=("ip",), memory_mib=128)
 FIRMWARE: Final = (
@@ -145,8 +145,7 @@ class Sides:
 
     async def make(self, number: int, *, incoming: bool) -> Side:
         if self.network is not None:
-            await self.network.add_tap(f"tap{number}")
-            await self.network.run("ip", "link", "set", f"tap{number}", "master", BRIDGE)
+            await self.network.add_tap(f"tap{number}", master=BRIDGE)
         server = await self._serve(number)
         return Side(number, server, await self._start(server, incoming=incoming))
 
@@ -184,10 +183,8 @@ class Sides:
         qmp = folder / "qmp"
         words = [
             *vfio_user_pci(server.folder / "vf.sock"),
-            "-qmp",
-            f"unix:{qmp},server=on,wait=off",
+            *("-qmp", f"unix:{qmp},server=on,wait=off"),
         ]
-        words += ["-qmp", f"unix:{qmp},server=on,wait=off"]
         words += ["-incoming", "defer"] * incoming
         enter = self._stack.enter_async_context
         if self.network is None:
@@ -212,9 +209,7 @@ async def open_sides(
 ) -> AsyncIterator[Sides]:
     if network is not None:
         await network.disable_ipv6()
-        await network.run("ip", "link", "add", BRIDGE, "type", "bridge")
-        await network.run("ip", "link", "set", BRIDGE, "up")
-        await network.run("ip", "address", "add", f"{traffic.HOST}/24", "dev", BRIDGE)
+        await moving.add_bridge(network, BRIDGE, traffic.HOST)
     async with AsyncExitStack() as stack:
         yield Sides(bed, folder, stack, network, machine)
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from tests.testbed.bed import Bed
     from tests.testbed.netns import Netns
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
 
 class Victim(enum.Enum):
     SOURCE_QEMU = "source QEMU"
@@ -183,6 +181,8 @@ async def discard(qemu: Machinery) -> None:
     await qemu.process.wait()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "ends"),
     [
@@ -222,6 +222,8 @@ async def reach(network: Netns, qemu: Machinery) -> None:
     await qemu.guest.run(f"ping -c 1 -W 5 {traffic.HOST}")
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [Victim.TARGET_QEMU, Victim.TARGET_SERVER])
 async def test_the_guest_stays(victim: Victim, bed: Bed, netns: Netns, tmp_path: Path) -> None:
     """The same Linux through all of it."""
@@ -244,6 +246,8 @@ async def test_the_guest_stays(victim: Victim, bed: Bed, netns: Netns, tmp_path:
         assert "Traceback" not in sides.logs()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 async def test_the_guest_arrives(bed: Bed, netns: Netns, tmp_path: Path) -> None:
     """From each target it goes on to the next, and from side to side."""
     async with open_sides(bed, tmp_path, netns) as sides:
@@ -276,6 +280,8 @@ STOPS: Final = [*ENDS][[*ENDS].index("pre-copy, under way") :]
 """The rows in which the source stops, as soon as little is left to be sent."""
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("append", ["", "pci=nomsi"])
 async def test_the_command_dies(append: str, bed: Bed, netns: Netns, tmp_path: Path) -> None:
     """The servers let go, and what was left is taken back; INTx, which was off then, as well."""
@@ -298,7 +304,7 @@ async def test_the_command_dies(append: str, bed: Bed, netns: Netns, tmp_path: P
             await target.server.wait_free(connected=True)
             if row in ("stop devices", "run"):
                 await look_at_next_attempt(source, target)
-            if row == "save devices":
+            if row == "save devices":  # once, --take-back finds that the target has ended
                 await discard(target.qemu)
             words = ("migrate-vm", "--take-back", *arguments(source, target))
             said = await run("vfio_user_virtio_server", *words)
